@@ -1,0 +1,1 @@
+"""Frozen dataclasses from flags, environment and file."""

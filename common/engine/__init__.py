@@ -1,0 +1,1 @@
+"""Requests, scheduler, runner, sampler: one step after another."""

@@ -1,0 +1,42 @@
+"""Settings of an engine; flags bear SGLang's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.config.flags import bad, flag
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """One model on one rank."""
+
+    model_path: str = flag("", "Checkpoint folder, or a Hugging Face hub name.", aliases=("--model",))
+    served_model_name: str | None = flag(None, "Name that clients ask for (default: the model path's last part).")
+    load_format: str = flag("auto", "How weights are read.", choices=("auto", "safetensors"))
+    trust_remote_code: bool = flag(False, "Accepted for compatibility; code from a checkpoint is never run.")
+    dtype: str = flag("auto", "Type of weights and activations; auto takes the checkpoint's.", choices=DTYPES)
+    device: str = flag("auto", "Device to run on; auto takes CUDA where there is one.", choices=("auto", "cpu", "cuda"))
+    base_gpu_id: int = flag(0, "First GPU of this worker.")
+    context_length: int | None = flag(None, "Most tokens of prompt and output together (default: the model's).")
+    page_size: int = flag(16, "Tokens of one page of KV cache.")
+    mem_fraction_static: float = flag(0.8, "Share of the device's memory for weights and KV pool.")
+    max_total_tokens: int | None = flag(None, "Tokens in the KV pool (default: what memory allows).")
+    max_running_requests: int = flag(64, "Sequences that run at once.")
+    chunked_prefill_size: int = flag(2048, "Most prompt tokens computed in one step.")
+    random_seed: int = flag(0, "Seed of what the engine itself draws; requests bring their own.")
+    cpu_threads: int | None = flag(None, "Threads of one rank's kernels on CPU (default: its share of the cores).")
+
+    def __post_init__(self) -> None:
+        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+            raise bad(f"--page-size: {self.page_size} is not a power of two")
+        if not 0 < self.mem_fraction_static < 1:
+            raise bad(f"--mem-fraction-static: {self.mem_fraction_static} is not between 0 and 1")
+        for name in ("max_running_requests", "chunked_prefill_size"):
+            if getattr(self, name) < 1:
+                raise bad(f"--{name.replace('_', '-')}: must be at least 1")
+        for name in ("context_length", "max_total_tokens", "cpu_threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise bad(f"--{name.replace('_', '-')}: must be at least 1")

@@ -1,0 +1,1 @@
+"""Errors with reasons; the one table from reason to gRPC and HTTP status."""

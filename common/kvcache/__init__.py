@@ -1,0 +1,1 @@
+"""Layout, pool, allocator and ledger of the paged KV cache."""

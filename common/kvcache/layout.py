@@ -1,0 +1,32 @@
+"""The shape of a page of KV cache."""
+
+from __future__ import annotations
+
+import msgspec
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class KvLayout(msgspec.Struct, frozen=True):
+    """One page holds `page_size` tokens of all layers: `[num_layers, 2, page_size, num_kv_heads, head_dim]`.
+
+    A page is one piece of memory, so that a hand-over moves few, large pieces and consecutive pages
+    make one. Two workers pair only when their layouts are equal.
+    """
+
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    kind: str = "mha"
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, all layers, keys and values."""
+        elements = self.num_layers * 2 * self.page_size * self.num_kv_heads * self.head_dim
+        return elements * ELEMENT_BYTES[self.dtype]
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold `tokens` tokens."""
+        return -(-tokens // self.page_size)

@@ -1,0 +1,1 @@
+"""Rooms, tickets, and the sessions to bootstrap."""

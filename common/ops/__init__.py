@@ -1,0 +1,1 @@
+"""The kernels' front: what a backend may do better than plain torch."""

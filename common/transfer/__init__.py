@@ -1,0 +1,1 @@
+"""Moves pages from one worker's pool into another's."""

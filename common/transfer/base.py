@@ -1,0 +1,129 @@
+"""The transfer seam: how pages get from one process's pool into another's.
+
+One `TransferBackend` per rank process. A prefill rank writes, a decode rank is written to; both allocate and
+register one pool for their whole life. The order of a hand-over is: `connect` (once a peer), `submit` (a chunk
+at a time), `poll` until every handle is DONE, then `notify`, whose payload reaches the peer's `received` only
+after all the bytes are there.
+
+Promises that every backend keeps (tests/contract/test_transfer.py):
+- `submit`, `notify`, `poll` and `received` never block for the length of a copy. Work happens in the backend's
+  own threads without the GIL; after each news they call `wake`.
+- Every handle ends: DONE, or FAILED with a sentence, in bounded time, also when the peer is gone.
+- After FAILED the bytes may still land. Nothing may reuse the destination before `disconnect` returned.
+- `close` and `disconnect` are idempotent. `close` ends all threads; the pool stays mapped until after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NewType, Protocol
+
+
+class TransferError(Exception):
+    """A transfer engine is missing, misconfigured, or refused a call; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A piece to copy: byte offsets into the local and the peer's pool, and its length in bytes."""
+
+    local_offset: int
+    remote_offset: int
+    nbytes: int
+
+
+class HandleState(Enum):
+    """How a submitted transfer ended."""
+
+    DONE = "done"
+    FAILED = "failed"
+
+
+Handle = NewType("Handle", int)
+PeerId = NewType("PeerId", int)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The end of one submitted transfer; `seconds` is the time from submission."""
+
+    handle: Handle
+    state: HandleState
+    error: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do; the same on every machine."""
+
+    same_host_only: bool
+    native_notify: bool
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """Settings of a rank's transfer endpoint. `host` is the address that peers reach."""
+
+    host: str = "127.0.0.1"
+    ib_device: str | None = None
+    threads: int = 1
+
+
+class TransferBackend(Protocol):
+    """One process's endpoint."""
+
+    name: str
+    capabilities: Capabilities
+
+    def allocate(self, nbytes: int) -> memoryview:
+        """Allocate and register the pool: zeroed, 2 MiB aligned host memory. Once, before anything else."""
+        ...
+
+    def register(self, address: int, nbytes: int) -> None:
+        """Register memory that the caller owns (a CUDA pool) as the pool, instead of `allocate`."""
+        ...
+
+    def export(self) -> bytes:
+        """Opaque, versioned description of this endpoint, with its incarnation, for `connect` elsewhere."""
+        ...
+
+    def connect(self, descriptor: bytes) -> PeerId:
+        """Reach a peer. Raises `TransferError` for a foreign descriptor or one that cannot be reached.
+
+        Connecting to the same incarnation again gives the same peer.
+        """
+        ...
+
+    def disconnect(self, peer: PeerId) -> None:
+        """Forget a peer; handles under way end as FAILED. When it returns, nothing more is written there."""
+        ...
+
+    def submit(self, peer: PeerId, runs: Sequence[Run], timeout_s: float) -> Handle:
+        """Begin to copy `runs`, already coalesced. Raises `TransferError` for a run outside either pool."""
+        ...
+
+    def notify(self, peer: PeerId, payload: bytes) -> None:
+        """Send `payload` (at most 64 KiB) to the peer, after everything that `poll` told as DONE."""
+        ...
+
+    def poll(self) -> list[Completion]:
+        """Transfers that ended since the last call."""
+        ...
+
+    def received(self) -> list[bytes]:
+        """Payloads that peers sent since the last call, in the order of each peer."""
+        ...
+
+    def close(self) -> None:
+        """Disconnect all peers, end the threads, free the engine."""
+        ...
+
+
+Wake = Callable[[], None]
+
+
+def no_wake() -> None:
+    """A `wake` for callers that poll."""

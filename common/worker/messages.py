@@ -1,0 +1,219 @@
+"""What a worker's front and its ranks tell each other, over a local socket, encoded by msgspec.
+
+The front batches what it has into one `ToRank`, a rank sends one `FromRank` a step. Sequence ids are the
+front's own, unique for the worker's life.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from common.kvcache.layout import KvLayout
+from common.mesh.ticket import Ticket
+
+
+class Message(msgspec.Struct, array_like=True, tag=True):
+    """Base of all messages: a tagged array on the wire."""
+
+
+# ------------------------------------------------------------------------------------------ shared parts
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """`pdmesh.v1.SamplingParams` with every default resolved. Stop strings stay with the router."""
+
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int = 0
+    logprobs: int | None = None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one output position: the chosen token's, and the `k` most likely, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class RankReservation(msgspec.Struct, frozen=True, array_like=True):
+    """Destination of a room on one decode rank; `extents` are `(first_page, page_count)` in token order."""
+
+    rank: int
+    backend: str
+    descriptor: bytes
+    extents: tuple[tuple[int, int], ...]
+
+
+class Ledger(msgspec.Struct, frozen=True, array_like=True):
+    """Pages by state; the sum is constant."""
+
+    free: int
+    reserved: int = 0
+    in_use: int = 0
+    cached: int = 0
+    quarantined: int = 0
+
+
+class Load(msgspec.Struct, frozen=True, array_like=True):
+    """Load of a rank at the end of a step."""
+
+    running: int
+    waiting: int
+    waiting_tokens: int
+    ledger: Ledger
+
+
+# ------------------------------------------------------------------------------------------ front → rank
+
+
+class StartSequence(Message):
+    """A sequence to run. With a ticket it is one side of a hand-over; without, this worker does both phases."""
+
+    sequence_id: int
+    request_id: str
+    ticket: Ticket | None
+    prompt_ids: list[int]
+    sampling: Sampling
+
+
+class AbortSequence(Message):
+    """Stop a sequence and give its pages back. Unknown ids are ignored: it may just have finished."""
+
+    sequence_id: int
+
+
+class RoomReserved(Message):
+    """To prefill: where a room's pages go. From decode: what it granted."""
+
+    ticket: Ticket
+    ranks: tuple[RankReservation, ...]
+    from_token: int = 0
+
+
+class RoomEnded(Message):
+    """The room failed in the control plane: stop working on it."""
+
+    ticket: Ticket
+    reason: str
+    message: str
+
+
+class RoomReleased(Message):
+    """To decode: nobody writes to the failed room's pages any more; they leave quarantine."""
+
+    ticket: Ticket
+
+
+class Stop(Message):
+    """Finish the step under way, close the transfer endpoint, unmap the pool, exit."""
+
+
+class ToRank(msgspec.Struct, frozen=True, array_like=True):
+    """A batch, applied in order."""
+
+    messages: list[StartSequence | AbortSequence | RoomReserved | RoomEnded | RoomReleased | Stop]
+
+
+# ------------------------------------------------------------------------------------------ rank → front
+
+
+class RankReady(Message):
+    """The model is loaded and the pool is mapped. First message of a rank."""
+
+    rank: int
+    layout: KvLayout
+    num_pages: int
+    backend: str
+    descriptor: bytes
+    fingerprint: str
+    context_length: int
+    vocab_size: int
+
+
+class RankFailed(Message):
+    """The rank cannot start, or must stop. Last message of a rank."""
+
+    rank: int
+    reason: str
+    message: str
+
+
+class Tokens(Message):
+    """New tokens of a sequence; `finish` is "", "stop", "length" or "abort"."""
+
+    sequence_id: int
+    offset: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    finish: str = ""
+    cached_tokens: int = 0
+
+
+class Prefilled(Message):
+    """Prefill: the prompt is computed and all its pages are with decode."""
+
+    sequence_id: int
+    cached_tokens: int = 0
+
+
+class SequenceFailed(Message):
+    """The sequence ended without finishing; its pages are given back or in quarantine."""
+
+    sequence_id: int
+    reason: str
+    message: str
+
+
+class RoomTransferring(Message):
+    """Prefill: the first write of a room was submitted."""
+
+    ticket: Ticket
+
+
+class RoomTransferred(Message):
+    """Decode: all bytes of a room are here."""
+
+    ticket: Ticket
+    nbytes: int
+
+
+class RoomFailed(Message):
+    """This worker gives a room up."""
+
+    ticket: Ticket
+    reason: str
+    message: str
+
+
+class RoomQuiet(Message):
+    """Prefill: nothing more will be written for a room that ended."""
+
+    ticket: Ticket
+
+
+class FromRank(msgspec.Struct, frozen=True, array_like=True):
+    """What happened in a step, in order. `load` is absent when nothing changed."""
+
+    messages: list[
+        RankReady
+        | RankFailed
+        | Tokens
+        | Prefilled
+        | SequenceFailed
+        | RoomReserved
+        | RoomTransferring
+        | RoomTransferred
+        | RoomFailed
+        | RoomQuiet
+    ]
+    load: Load | None = None
