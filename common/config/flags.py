@@ -14,7 +14,7 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from common.errors.base import MeshError, Reason
 
 T = TypeVar("T")
 TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
+KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def flag(
@@ -67,14 +68,17 @@ class Option:
         return self.parse_one(value, source)
 
     def parse_one(self, value: Any, source: str) -> Any:
+        wrong = bad(f"{source}: {value!r} is not {KINDS[self.kind]}")
         if self.kind is bool and str(value).lower() in TRUE | FALSE:
             return str(value).lower() in TRUE
-        if isinstance(value, bool) or self.kind is bool:
-            raise bad(f"{source}: {value!r} is not a {self.kind.__name__}")
+        if self.kind is bool or isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise wrong
+        if self.kind is int and isinstance(value, float):  # from a file; int() would cut it off
+            raise wrong
         try:
             parsed = self.kind(value)
-        except (TypeError, ValueError):
-            raise bad(f"{source}: {value!r} is not a {self.kind.__name__}") from None
+        except ValueError:
+            raise wrong from None
         choices = self.metadata["choices"]
         if choices and parsed not in choices:
             raise bad(f"{source}: {parsed!r} is not one of {', '.join(choices)}")
@@ -106,10 +110,10 @@ def leaf(hint: Any) -> tuple[type, bool]:
     return hint, False
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
-    """Give `parser` a flag for every option of `config`, and `--config`."""
+def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
+    """Give `parser` a flag for every option of `configs`, and `--config`. Of two with one name the first counts."""
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of these settings")
-    for option in options(config):
+    for option in distinct(configs):
         names = [f"--{option.name}", *option.metadata["aliases"]]
         text = option.metadata["help"].replace("%", "%%")
         if option.default not in (None, False, (), ""):
@@ -124,29 +128,47 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
             parser.add_argument(*names, metavar=metavar, nargs="+" if option.many else None, **shared)
 
 
-def resolve(config: type[T], parsed: argparse.Namespace | None = None, environ: Mapping[str, str] = os.environ) -> T:
-    """Build `config` from parsed flags, environment, file and defaults. Raises `MeshError` (BAD_CONFIG)."""
+def distinct(configs: Iterable[type]) -> list[Option]:
+    """The options of all `configs`; of those with one name, the first."""
+    by_name: dict[str, Option] = {}
+    for config in configs:
+        for option in options(config):
+            by_name.setdefault(option.name, option)
+    return list(by_name.values())
+
+
+def resolve(
+    config: type[T],
+    parsed: argparse.Namespace | None = None,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    file_of: Sequence[type] = (),
+) -> T:
+    """Build `config` from parsed flags, environment, file and defaults. Raises `MeshError` (BAD_CONFIG).
+
+    The file may hold settings of `config` and of the classes `file_of`. An empty variable counts as unset.
+    """
     given = vars(parsed) if parsed else {}
-    in_file = read_file(given["config"], config) if given.get("config") else {}
+    in_file = read_file(given["config"], (config, *file_of)) if given.get("config") else {}
     values: dict[tuple[str, ...], Any] = {}
     for option in options(config):
         if (value := given.get(option.path[-1])) is not None:
             values[option.path] = option.parse(value, f"--{option.name}")
-        elif variable := next((name for name in option.variables if name in environ), None):
+        elif variable := next((name for name in option.variables if environ.get(name)), None):
             values[option.path] = option.parse(environ[variable], variable)
         elif option.name in in_file:
             values[option.path] = option.parse(in_file[option.name], f"{given['config']}: {option.name}")
     return build(config, values)
 
 
-def read_file(name: str, config: type) -> dict[str, Any]:
+def read_file(name: str, configs: Iterable[type]) -> dict[str, Any]:
     """The settings of a TOML file; a name that no option has is refused."""
     try:
         content = tomllib.loads(Path(name).read_text())
     except (OSError, ValueError) as error:
         raise bad(f"--config: {name}: {error}") from None
     settings = {key.replace("_", "-"): value for key, value in content.items()}
-    if unknown := settings.keys() - {option.name for option in options(config)}:
+    if unknown := settings.keys() - {option.name for option in distinct(configs)}:
         raise bad(f"--config: {name}: unknown setting {', '.join(sorted(unknown))}")
     return settings
 
@@ -161,3 +183,19 @@ def build(config: type[T], values: Mapping[tuple[str, ...], Any], path: tuple[st
         elif here in values:
             arguments[field.name] = values[here]
     return config(**arguments)
+
+
+def to_flags(config: Any) -> list[str]:
+    """The flags that make `config` again, whatever environment and defaults say; a field that is None has none."""
+    flags: list[str] = []
+    for option in options(type(config)):
+        value = config
+        for name in option.path:
+            value = getattr(value, name)
+        if option.kind is bool:
+            flags.append(f"--{option.name}" if value else f"--no-{option.name}")
+        elif option.many:
+            flags += [f"--{option.name}", *map(str, value)] if value else []
+        elif value is not None:
+            flags.append(f"--{option.name}={value}")
+    return flags

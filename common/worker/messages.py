@@ -135,6 +135,7 @@ class RankReady(Message):
     num_pages: int
     backend: str
     descriptor: bytes
+    model_path: str  # the folder that was loaded; a hub name is resolved
     fingerprint: str
     context_length: int
     vocab_size: int

@@ -1,0 +1,71 @@
+"""The `pdmesh` command: picks a command and turns its errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from common.errors.base import MeshError, Reason
+
+# name -> help; common.cli.<name> has add_arguments(parser) and run(parsed) -> exit code
+COMMANDS = {
+    "up": "start a whole mesh on this machine",
+    "bootstrap": "start the control plane",
+    "prefill": "start a prefill worker",
+    "decode": "start a decode worker",
+    "unified": "start a worker that does both phases",
+    "router": "start the front door: OpenAI HTTP and gRPC",
+    "generate": "ask a running mesh",
+    "doctor": "show what this machine has",
+}
+FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
+
+
+def own_version() -> str:
+    try:
+        return version("pdmesh")
+    except PackageNotFoundError:  # a source tree that is not installed
+        return "not installed"
+
+
+def overview() -> argparse.ArgumentParser:
+    """The parser of `pdmesh --help`; it knows the commands' names only, so that it starts at once."""
+    commands = "\n".join(f"  {name:<11}{help}" for name, help in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="pdmesh",
+        usage="pdmesh COMMAND [flags]",
+        description="Serves large language models with prefill and decode on separate workers.",
+        epilog=f"commands:\n{commands}\n\n`pdmesh COMMAND --help` shows the command's flags.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="what to do")
+    parser.add_argument("--version", action="version", version=f"pdmesh {own_version()}")
+    return parser
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    name = overview().parse_args(arguments[:1]).command
+    command = importlib.import_module(f"common.cli.{name}")
+    parser = argparse.ArgumentParser(prog=f"pdmesh {name}", description=command.__doc__, allow_abbrev=False)
+    command.add_arguments(parser)
+    code: int = command.run(parser.parse_args(arguments[1:]))
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 2 for settings that cannot work, 1 for any other failure."""
+    try:
+        return dispatch(sys.argv[1:] if arguments is None else arguments)
+    except MeshError as error:
+        print(f"pdmesh: {error}", file=sys.stderr)
+        return BAD_USAGE if error.reason is Reason.BAD_CONFIG else FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Runs the processes of one mesh: starts them, learns where they listen, notices an end, stops them in order.
+
+Every child is in a session of its own, so that Ctrl-C reaches the supervisor alone, and on a leash: it gets SIGTERM
+when the supervisor is gone, however that came about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.rpc.announce import READY_FD, Listening, parse
+
+LEASH = Path(__file__).with_name("leash.py")
+TAIL_LINES = 12
+DRAIN_OUTPUT_S = 0.5
+
+
+class ChildEnded(Exception):
+    """A child ended that should be running; the message says which, how, and what it last said."""
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """What a child writes to `write_fd` is read from `reader`."""
+
+    reader: asyncio.StreamReader
+    transport: asyncio.ReadTransport
+    write_fd: int
+
+    @classmethod
+    async def open(cls) -> Pipe:
+        read_fd, write_fd = os.pipe()
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read_fd, "rb", buffering=0)
+        )
+        return cls(reader, transport, write_fd)
+
+
+class Child:
+    """One supervised process. `listening` is known once it has announced itself."""
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], ready: Pipe, output: Pipe) -> None:
+        self.name = name
+        self.process = process
+        self.ready = ready
+        self.output = output
+        self.listening: Listening | None = None
+        self.ended = asyncio.Event()
+        self.tail = b""
+        self.following = asyncio.create_task(self.follow())
+
+    async def follow(self) -> None:
+        """Pass on what the child writes, and remember the end of it."""
+        while chunk := await self.output.reader.read(1 << 16):
+            self.tail = (self.tail + chunk)[-8192:]
+            with suppress(OSError):  # a terminal that is gone is no reason to stop the mesh
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.flush()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def last_words(self) -> str:
+        return "\n".join(self.tail.decode(errors="replace").splitlines()[-TAIL_LINES:])
+
+    def kill(self) -> None:
+        """SIGKILL to the child and to all that it started. Only while it has not been reaped."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+class Supervisor:
+    """The children of this process, in the order in which they were started."""
+
+    def __init__(self) -> None:
+        self.children: list[Child] = []
+        self.stopping = False
+        self._first_end: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
+
+    async def start(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> Child:
+        """Start a process; what it writes appears on stderr. Call in the main thread: the leash is tied to it."""
+        ready, output = await Pipe.open(), await Pipe.open()
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-S", "-E", str(LEASH), str(os.getpid()), *command],
+                env={**env, READY_FD: str(ready.write_fd)},
+                stdin=subprocess.DEVNULL,
+                stdout=output.write_fd,
+                stderr=subprocess.STDOUT,
+                pass_fds=(ready.write_fd,),
+                start_new_session=True,
+            )
+        finally:
+            os.close(ready.write_fd)
+            os.close(output.write_fd)
+        child = Child(name, process, ready, output)
+        self.children.append(child)
+        pidfd = os.pidfd_open(process.pid)
+        asyncio.get_running_loop().add_reader(pidfd, self._on_end, child, pidfd)
+        return child
+
+    def _on_end(self, child: Child, pidfd: int) -> None:
+        asyncio.get_running_loop().remove_reader(pidfd)
+        os.close(pidfd)
+        child.kill()  # what it left behind; its pid is its group's until it is reaped
+        child.process.wait()
+        child.ended.set()
+        if not self.stopping and not self._first_end.done():
+            self._first_end.set_result(child)
+
+    async def listening(self, child: Child) -> Listening:
+        """Where the child listens, once it says so. Waits for ever if it ends before: see `failure`."""
+        line = await child.ready.reader.readline()
+        if not line:
+            await asyncio.Event().wait()
+        child.listening = parse(line)
+        return child.listening
+
+    async def failure(self) -> ChildEnded:
+        """Waits until any child ends by itself, and tells why."""
+        child = await asyncio.shield(self._first_end)
+        await asyncio.wait([child.following], timeout=DRAIN_OUTPUT_S)
+        code = child.process.returncode
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        words = child.last_words()
+        return ChildEnded(f"{child.name} (pid {child.pid}) {how}" + (f"; it last said:\n{words}" if words else ""))
+
+    async def stop(self, stages: Sequence[tuple[Sequence[Child], float]]) -> None:
+        """SIGTERM to one stage after the other; what outlives its stage's seconds is killed."""
+        self.stopping = True
+        for children, limit_s in stages:
+            running = [child for child in children if not child.ended.is_set()]
+            for child in running:
+                child.process.send_signal(signal.SIGTERM)
+            await self._wait_or_kill(running, limit_s)
+        await self._wait_or_kill(self.children, 0)
+        for child in self.children:
+            child.following.cancel()
+            child.ready.transport.close()
+            child.output.transport.close()
+        await asyncio.gather(*(child.following for child in self.children), return_exceptions=True)
+
+    async def _wait_or_kill(self, children: Sequence[Child], limit_s: float) -> None:
+        ends = [asyncio.create_task(child.ended.wait()) for child in children]
+        if not ends:
+            return
+        await asyncio.wait(ends, timeout=limit_s)
+        for child in children:
+            if not child.ended.is_set():
+                print(f"pdmesh: {child.name} (pid {child.pid}) does not stop: killed", file=sys.stderr, flush=True)
+                child.kill()
+        await asyncio.wait(ends)

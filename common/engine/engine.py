@@ -1,0 +1,283 @@
+"""The engine: sequences in, tokens out, a step at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Protocol
+
+import torch
+
+from common.engine.config import EngineConfig
+from common.engine.request import Sequence, Status
+from common.engine.runner import Chunk
+from common.engine.sampler import Sampled, sample
+from common.engine.scheduler import Limits, Plan, Queue, enqueue, schedule
+from common.errors.base import MeshError, Reason
+from common.kvcache.allocator import PageAllocator
+from common.kvcache.layout import KvLayout
+from common.kvcache.ledger import PageState
+from common.worker.messages import Ledger, Load, SequenceFailed, TokenLogprobs, Tokens
+
+logger = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """What the engine needs of a model runner."""
+
+    layout: KvLayout
+    vocab_size: int
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+
+    def run(self, chunks: Seq[Chunk]) -> torch.Tensor:
+        """Compute chunks into their pages; float32 logits `[S, V]`, a row per chunk with `sample`, in order."""
+        ...
+
+
+@dataclass(slots=True)
+class Progress:
+    """A chunk of a `prefill_only` sequence: the KV of its first `computed` tokens is in its pages.
+
+    `first` comes with the last chunk: the sampled token. The pages are held from then on until `release`.
+    """
+
+    sequence: Sequence
+    computed: int
+    first: Tokens | None = None
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step brought. `scheduled` is false if nothing could run before pages return."""
+
+    scheduled: bool = False
+    tokens: list[Tokens] = field(default_factory=list)
+    progress: list[Progress] = field(default_factory=list)
+    failures: list[SequenceFailed] = field(default_factory=list)
+
+
+class Engine:
+    """Runs sequences on one model and one pool. Not thread-safe: one rank's loop owns it.
+
+    A sequence takes one of three ways: `add` (both phases here), `add` with `prefill_only` (ends held, until
+    `release`), or `adopt` (its prompt was computed elsewhere). It ends with `Tokens` that say how, with
+    `SequenceFailed`, or by `abort`; its pages are free then, unless it is held.
+    """
+
+    def __init__(self, runner: Runner, allocator: PageAllocator, config: EngineConfig) -> None:
+        self.runner = runner
+        self.allocator = allocator
+        self.limits = Limits(config.max_running_requests, config.chunked_prefill_size, runner.layout.page_size)
+        self.queue = Queue()
+        self._sequences: dict[int, Sequence] = {}
+        self._arrivals = count()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step may have something to compute."""
+        return bool(self.queue.running or self.queue.waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no sequence is left, held ones included."""
+        return not self._sequences
+
+    def load(self) -> Load:
+        """Sequences and pages now."""
+        pages = self.allocator.ledger.count
+        return Load(
+            running=len(self.queue.running),
+            waiting=len(self.queue.waiting),
+            waiting_tokens=sum(sequence.num_tokens for sequence in self.queue.waiting),
+            ledger=Ledger(*(pages(state) for state in PageState)),
+        )
+
+    def find(self, sequence_id: int) -> Sequence | None:
+        """A sequence that has not ended, or is held."""
+        return self._sequences.get(sequence_id)
+
+    def grantable_pages(self) -> int:
+        """Pages that may be reserved for hand-overs without taking what running or retracted sequences need."""
+        if self.queue.waiting:
+            return 0
+        growing = sum(not sequence.prefill_only for sequence in self.queue.running)
+        return max(0, self.allocator.num_free - growing)
+
+    # ------------------------------------------------------------------------------- sequences come and go
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises `MeshError` for one that can never run here: see `check`."""
+        self.check(sequence)
+        self._register(sequence)
+        enqueue(self.queue.waiting, sequence)
+
+    def adopt(self, sequence: Sequence, first: Tokens) -> Tokens:
+        """Go on with a sequence whose prompt another worker computed and whose pages are RESERVED here.
+
+        `sequence.pages` hold the prompt's KV. `first` is what prefill sampled (`Progress.first`). Returns it as
+        this sequence's first tokens; if they finish it, it has ended and its pages are free.
+
+        Raises:
+            MeshError: As for `add`; the pages stay reserved.
+        """
+        self.check(sequence)
+        self.allocator.move(sequence.pages, PageState.RESERVED, PageState.IN_USE)
+        self._register(sequence)
+        sequence.computed = len(sequence.prompt_ids)
+        sequence.cached_tokens = first.cached_tokens
+        sequence.status = Status.RUNNING
+        enqueue(self.queue.running, sequence)
+        return self._append(sequence, first.token_ids[0], first.logprobs[0] if first.logprobs else None)
+
+    def check(self, sequence: Sequence) -> None:
+        """Raise `MeshError` if a sequence can never run here.
+
+        EMPTY_PROMPT, TOKEN_OUT_OF_RANGE, CONTEXT_TOO_LONG (prompt beyond the context), OVERLOADED (more pages
+        than the pool has).
+        """
+        prompt, context = sequence.prompt_ids, self.runner.context_length
+        if not prompt:
+            raise MeshError(Reason.EMPTY_PROMPT, "the prompt has no tokens", parameter="prompt")
+        if min(prompt) < 0 or max(prompt) >= self.runner.vocab_size:
+            message = f"a token id is outside the vocabulary of {self.runner.vocab_size}"
+            raise MeshError(Reason.TOKEN_OUT_OF_RANGE, message, parameter="token_ids")
+        if len(prompt) >= context:
+            message = f"a prompt of {len(prompt)} tokens leaves no room in a context of {context}"
+            raise MeshError(Reason.CONTEXT_TOO_LONG, message, parameter="prompt")
+        most = len(prompt)
+        if not sequence.prefill_only:  # the last token's KV is never computed
+            most = min(most + sequence.sampling.max_new_tokens, context) - 1
+        if (needed := self.runner.layout.pages_for(most)) > self.allocator.num_pages:
+            message = f"{needed} pages of KV cache are needed, the pool has {self.allocator.num_pages}"
+            raise MeshError(Reason.OVERLOADED, message)
+
+    def abort(self, sequence_id: int, *, quarantine: bool = False) -> bool:
+        """Stop a sequence at once and free its pages. False if there is none of that id.
+
+        With `quarantine` its pages are quarantined and it is held until `release`: for a hand-over whose writes
+        may still read them.
+        """
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None:
+            return False
+        self._leave_queue(sequence)
+        sequence.finish = sequence.finish or "abort"
+        if quarantine:
+            self._quarantine(sequence)
+        else:
+            self._end(sequence)
+        return True
+
+    def release(self, sequence_id: int) -> None:
+        """Free the pages of a held sequence. Raises `KeyError` if none of that id is held."""
+        sequence = self._sequences[sequence_id]
+        if sequence.status is not Status.HELD:
+            raise KeyError(f"sequence {sequence_id} is {sequence.status.value}, not held")
+        self._end(sequence)
+
+    # ---------------------------------------------------------------------------------------- the main loop
+
+    def step(self) -> StepResult:
+        """Compute one step: schedule, run, sample, hand out. A failure ends the step's sequences, not the engine."""
+        plan = schedule(self.queue, self.allocator, self.limits)
+        if not plan.spans:
+            return StepResult()
+        try:
+            logits_SV = self.runner.run(
+                [
+                    Chunk(span.start, span.sequence.tokens(span.start, span.stop), span.sequence.pages, span.sample)
+                    for span in plan.spans
+                ]
+            )
+            sampling = [span.sequence for span in plan.spans if span.sample]
+            sampled = sample(logits_SV, sampling) if sampling else Sampled([], [], [])
+        except Exception as error:
+            logger.exception("a step of %d sequences failed", len(plan.spans))
+            return self._fail_step(plan, f"the step failed: {type(error).__name__}: {error}")
+        return self._hand_out(plan, sampling, sampled)
+
+    def _hand_out(self, plan: Plan, sampling: list[Sequence], sampled: Sampled) -> StepResult:
+        result = StepResult(scheduled=True)
+        for span in plan.spans:
+            span.sequence.computed = span.stop
+            if span.sequence.prefill_only and not span.sample:
+                result.progress.append(Progress(span.sequence, span.stop))
+        broken = {id(sampling[row]) for row in sampled.broken}
+        for sequence, token, logprobs in zip(sampling, sampled.token_ids, sampled.logprobs, strict=True):
+            if id(sequence) in broken:
+                result.failures.append(self._fail(sequence, "the model computed logits that are not finite"))
+            elif sequence.prefill_only:
+                result.progress.append(Progress(sequence, sequence.computed, self._hold(sequence, token, logprobs)))
+            else:
+                result.tokens.append(self._append(sequence, token, logprobs))
+        return result
+
+    def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> Tokens:
+        """Add a token to a running sequence and end it where it is finished."""
+        tokens = self._record(sequence, token, logprobs)
+        if tokens.finish:
+            self._leave_queue(sequence)
+            self._end(sequence)
+        return tokens
+
+    def _hold(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> Tokens:
+        """Add the token that ends a `prefill_only` sequence; its pages stay."""
+        self._leave_queue(sequence)
+        sequence.status = Status.HELD
+        return self._record(sequence, token, logprobs)
+
+    def _record(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> Tokens:
+        offset = len(sequence.output_ids)
+        sequence.output_ids.append(token)
+        if token in sequence.stop_ids:
+            sequence.finish = "stop"
+        elif offset + 1 >= sequence.sampling.max_new_tokens or sequence.num_tokens >= self.runner.context_length:
+            sequence.finish = "length"
+        entries = [] if logprobs is None else [logprobs]
+        return Tokens(sequence.sequence_id, offset, [token], entries, sequence.finish, sequence.cached_tokens)
+
+    def _fail_step(self, plan: Plan, message: str) -> StepResult:
+        return StepResult(scheduled=True, failures=[self._fail(span.sequence, message) for span in plan.spans])
+
+    def _fail(self, sequence: Sequence, message: str) -> SequenceFailed:
+        """End a sequence; pages that a hand-over may be reading are quarantined until `release`."""
+        self._leave_queue(sequence)
+        if sequence.prefill_only:
+            self._quarantine(sequence)
+        else:
+            self._end(sequence)
+        return SequenceFailed(sequence.sequence_id, Reason.ENGINE_FAILED, message)
+
+    # ------------------------------------------------------------------------------------------ bookkeeping
+
+    def _register(self, sequence: Sequence) -> None:
+        if sequence.sequence_id in self._sequences:
+            raise ValueError(f"sequence {sequence.sequence_id} exists")
+        sampling, eos = sequence.sampling, self.runner.eos_token_ids
+        sequence.masked_ids = tuple({*sampling.stop_token_ids, *eos})
+        sequence.stop_ids = frozenset(sampling.stop_token_ids if sampling.ignore_eos else sequence.masked_ids)
+        sequence.order = next(self._arrivals)
+        self._sequences[sequence.sequence_id] = sequence
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        if sequence.status is Status.RUNNING:
+            self.queue.running.remove(sequence)
+        elif sequence.status is Status.WAITING:
+            self.queue.waiting.remove(sequence)
+
+    def _quarantine(self, sequence: Sequence) -> None:
+        """Hold a sequence that failed; quarantining twice does nothing."""
+        sequence.status = Status.HELD
+        if not sequence.quarantined:
+            self.allocator.move(sequence.pages, PageState.IN_USE, PageState.QUARANTINED)
+            sequence.quarantined = True
+
+    def _end(self, sequence: Sequence) -> None:
+        state = PageState.QUARANTINED if sequence.quarantined else PageState.IN_USE
+        self.allocator.free(sequence.pages, state)
+        sequence.pages = []
+        sequence.status = Status.ENDED
+        del self._sequences[sequence.sequence_id]

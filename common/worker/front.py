@@ -1,0 +1,306 @@
+"""A worker's front: the process between the mesh and the ranks. It speaks gRPC and never imports torch.
+
+Prefill, decode and unified workers differ in the service that they show to routers and in how a rank's message
+looks there; that difference is a `Role`. Everything else is here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, Generic, TypeVar
+
+import msgspec
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from common.errors.base import MeshError, Reason
+from common.mesh.worker_session import WorkerSession
+from common.obs import log, metrics
+from common.rpc.announce import announce
+from common.rpc.server import Server, Service, make_server
+from common.worker import convert
+from common.worker.config import WorkerConfig
+from common.worker.messages import (
+    AbortSequence,
+    FromRank,
+    Ledger,
+    Load,
+    Prefilled,
+    RankFailed,
+    RankReady,
+    SequenceFailed,
+    StartSequence,
+    Tokens,
+)
+from common.worker.ranks import RankProcess
+from common.worker.sessions import Session, Sessions
+from pdmesh.v1 import bootstrap_service_pb2 as bootstrap_pb
+from pdmesh.v1 import types_pb2 as pb
+
+logger = log.get_logger(__name__)
+
+E = TypeVar("E")
+SequenceNews = Tokens | Prefilled | SequenceFailed
+
+# A load that changes with every step is told at most this often, beside the heartbeats.
+LOAD_INTERVAL_S = 0.1
+
+KV_PAGES = metrics.gauge("kv_pages", "Pages of the KV pool by ledger state.", ("state",))
+RUNNING = metrics.gauge("running_sequences", "Sequences in the running batch.")
+WAITING = metrics.gauge("waiting_sequences", "Sequences that wait for a slot, pages or a hand-over.")
+GENERATED = metrics.counter("generated_tokens_total", "Tokens sampled.")
+ENDED = metrics.counter("sequences_ended_total", "Sequences that ended on this worker.", ("outcome",))
+
+
+@dataclass(frozen=True)
+class Role(Generic[E]):
+    """What sets prefill, decode and unified apart."""
+
+    name: str  # "prefill", "decode" or "unified"
+    proto: pb.WorkerRole.ValueType
+    rank_module: str
+    make_service: Callable[[Front[E]], Service]
+    to_event: Callable[[int, SequenceNews], E]
+
+
+class Front(Generic[E]):
+    """One worker, from start to stop: `await Front(role, config).run(stop)`."""
+
+    def __init__(self, role: Role[E], config: WorkerConfig) -> None:
+        self.role = role
+        self.config = config
+        self.sessions = Sessions[E]()
+        self._accepting = False
+        self._load = Load(0, 0, 0, Ledger(0))
+        self._load_told_at = 0.0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._failure: MeshError | None = None
+        self._server: Server
+        self._rank: RankProcess
+        self._mesh: WorkerSession
+        self._record: pb.Worker
+
+    # ------------------------------------------------------------------------------------ life
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set or the rank is gone. Raises `MeshError` when it cannot start or go on."""
+        config = self.config
+        self._server = make_server(config.host, config.port, [self.role.make_service(self)])
+        metrics_port, stop_metrics = metrics.serve(config.host, config.metrics.metrics_port)
+        try:
+            await self._server.start()
+            announce(self.role.name, grpc=self._server.address, metrics=f"{config.host}:{metrics_port}")
+            if await self._spawn_rank(stop):
+                await self._with_rank(stop)
+        finally:
+            await self._server.stop()
+            stop_metrics()
+        if self._failure:
+            raise self._failure
+
+    async def _spawn_rank(self, stop: asyncio.Event) -> bool:
+        """Load the model; False when `stop` was set before it was there."""
+        threads = self.config.engine.cpu_threads
+        spawn = RankProcess.spawn(self.role.rank_module, msgspec.json.encode(self.config), cpu_threads=threads)
+        loading = asyncio.create_task(spawn)
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not loading.done():
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            return False
+        self._rank = loading.result()
+        return True
+
+    async def _with_rank(self, stop: asyncio.Event) -> None:
+        reader = asyncio.create_task(self._read_rank(stop))
+        try:
+            await self._serve(stop)
+        finally:
+            await self._rank.stop()
+            await reader
+
+    async def _serve(self, stop: asyncio.Event) -> None:
+        assert self._rank.ready
+        record = self._describe(self._rank.ready)
+        self._mesh = WorkerSession(
+            self.config.bootstrap.address, lambda: record, lambda: convert.load_to(self._load), self._on_control
+        )
+        self._mesh.start()
+        try:
+            await self._register(stop)
+            await stop.wait()
+            await self._drain()
+        finally:
+            await self._mesh.close()
+
+    async def _register(self, stop: asyncio.Event) -> None:
+        """Wait for the first registration; a bootstrap that is not there ends the worker with a reason."""
+        timeout_s = self.config.bootstrap_connect_timeout
+        tasks = [asyncio.create_task(event.wait()) for event in (self._mesh.registered, stop)]
+        done, waiting = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        if not done:
+            address = self.config.bootstrap.address
+            raise MeshError(Reason.BOOTSTRAP_UNREACHABLE, f"no bootstrap answered at {address} within {timeout_s:g} s")
+        if not stop.is_set():
+            self._accepting = True
+            await self._server.set_serving(True)
+            logger.info("ready", worker=self._mesh.worker_id, address=self._server.address)
+
+    async def _drain(self) -> None:
+        """Refuse new sequences, let running ones finish within the drain timeout."""
+        self._accepting = False
+        await self._server.set_serving(False)
+        self._mesh.draining()
+        try:
+            await asyncio.wait_for(self._idle.wait(), self.config.drain_timeout)
+        except TimeoutError:
+            logger.warning("sequences still running at the end of the drain", sequences=len(self.sessions))
+        self.sessions.close_all()
+
+    # ------------------------------------------------------------------------------------ routers
+
+    async def serve_session(
+        self, requests: AsyncIterator[Any], apply: Callable[[Session[E], Any], None]
+    ) -> AsyncIterator[list[E]]:
+        """One router's stream: `apply` each request, yield batches of events. A broken one aborts what it left."""
+        session = self.sessions.open()
+
+        async def read() -> None:
+            try:
+                async for request in requests:
+                    apply(session, request)
+            finally:
+                session.close()
+
+        reader = asyncio.create_task(read())
+        try:
+            while batch := await session.next_batch():
+                yield batch
+        finally:
+            reader.cancel()
+            for sequence_id in self.sessions.drop(session):
+                self._rank.send(AbortSequence(sequence_id))
+            self._check_idle()
+
+    def start(
+        self,
+        session: Session[E],
+        number: int,
+        request_id: str,
+        ticket: pb.Ticket | None,
+        prompt_ids: list[int],
+        sampling: pb.SamplingParams,
+    ) -> None:
+        """Begin the router's sequence `number`."""
+        if not self._accepting:
+            failed = SequenceFailed(0, Reason.DRAINING, "the worker is starting or draining")
+            session.push(self.role.to_event(number, failed))
+            return
+        sequence_id = self.sessions.add(session, number)
+        self._idle.clear()
+        self._rank.send(
+            StartSequence(
+                sequence_id=sequence_id,
+                request_id=request_id,
+                ticket=convert.ticket_from(ticket) if ticket else None,
+                prompt_ids=prompt_ids,
+                sampling=convert.sampling_from(sampling),
+            )
+        )
+
+    def abort(self, session: Session[E], number: int) -> None:
+        """Stop a sequence; one that has just ended is no error."""
+        if (sequence_id := session.sequences.get(number)) is not None:
+            self.sessions.end(sequence_id)
+            self._rank.send(AbortSequence(sequence_id))
+            ENDED.labels("abort").inc()
+            self._check_idle()
+
+    # ------------------------------------------------------------------------------------ ranks
+
+    async def _read_rank(self, stop: asyncio.Event) -> None:
+        """Pass on what the rank says. A rank that is gone takes its worker with it."""
+        try:
+            async for batch in self._rank.batches():
+                self._on_rank(batch)
+        except MeshError as error:
+            logger.error("the rank is gone", reason=error.reason, message=error.message)
+            self._failure = error
+            stop.set()
+
+    def _on_rank(self, batch: FromRank) -> None:
+        """A step's news: sequences' to their routers, rooms' to bootstrap."""
+        for message in batch.messages:
+            match message:
+                case Tokens() | Prefilled() | SequenceFailed():
+                    self._on_sequence(message)
+                case RankReady() | RankFailed():
+                    raise TypeError(f"a rank that runs sent {type(message).__name__}")
+                case _:
+                    self._mesh.send(convert.room_event_to(message))
+        if batch.load:
+            self._on_load(batch.load)
+
+    def _on_sequence(self, news: SequenceNews) -> None:
+        if isinstance(news, Tokens):
+            GENERATED.inc(len(news.token_ids))
+        if (owner := self.sessions.owner(news.sequence_id)) is None:
+            return  # aborted meanwhile
+        session, number = owner
+        session.push(self.role.to_event(number, news))
+        if not isinstance(news, Tokens) or news.finish:
+            self.sessions.end(news.sequence_id)
+            ENDED.labels("failed" if isinstance(news, SequenceFailed) else "finished").inc()
+            self._check_idle()
+
+    def _on_load(self, load: Load) -> None:
+        self._load = load
+        RUNNING.set(load.running)
+        WAITING.set(load.waiting)
+        for state in load.ledger.__struct_fields__:
+            KV_PAGES.labels(state).set(getattr(load.ledger, state))
+        if time.monotonic() - self._load_told_at > LOAD_INTERVAL_S:
+            self._load_told_at = time.monotonic()
+            self._mesh.heartbeat()
+
+    def _check_idle(self) -> None:
+        if not len(self.sessions):
+            self._idle.set()
+
+    # ------------------------------------------------------------------------------------ bootstrap
+
+    def _on_control(self, event: bootstrap_pb.ControlEvent) -> None:
+        if message := convert.control_from(event):
+            self._rank.send(message)
+        elif event.HasField("refused"):
+            refused = event.refused
+            logger.info("event refused", room=refused.ticket.room_id, what=refused.event, why=refused.message)
+
+    def _describe(self, ready: RankReady) -> pb.Worker:
+        engine = self.config.engine
+        ready_at = Timestamp()
+        ready_at.GetCurrentTime()
+        return pb.Worker(
+            worker_id=self.config.worker_id or f"{self.role.name}-{self._server.address}",
+            role=self.role.proto,
+            address=self._server.address,
+            model=pb.ModelInfo(
+                served_model_name=engine.served_model_name or PurePath(engine.model_path).name,
+                model_path=ready.model_path,
+                fingerprint=ready.fingerprint,
+                context_length=ready.context_length,
+                vocab_size=ready.vocab_size,
+                ready_at=ready_at,
+            ),
+            kv_layout=convert.layout_to(ready),
+            endpoints=[pb.RankEndpoint(rank=ready.rank, backend=ready.backend, descriptor=ready.descriptor)],
+            max_running_requests=engine.max_running_requests,
+        )

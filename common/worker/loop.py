@@ -1,0 +1,222 @@
+"""A rank's loop: messages in, a step, messages out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from common.engine.engine import Engine, StepResult
+from common.engine.request import Sequence
+from common.errors.base import MeshError, Reason
+from common.worker.messages import (
+    AbortSequence,
+    FromRank,
+    Load,
+    Prefilled,
+    RankFailed,
+    RankReady,
+    RoomEnded,
+    RoomFailed,
+    RoomQuiet,
+    RoomReleased,
+    RoomReserved,
+    RoomTransferred,
+    RoomTransferring,
+    SequenceFailed,
+    StartSequence,
+    Stop,
+    Tokens,
+    ToRank,
+)
+from common.worker.waker import Waker
+
+logger = logging.getLogger(__name__)
+
+PENDING_POLL_MS = 500  # how often deadlines of hand-overs are looked at when nothing else happens
+
+Outgoing = (
+    RankReady
+    | RankFailed
+    | Tokens
+    | Prefilled
+    | SequenceFailed
+    | RoomReserved
+    | RoomTransferring
+    | RoomTransferred
+    | RoomFailed
+    | RoomQuiet
+)
+Emit = Callable[[Outgoing], None]
+
+
+class Handover(Protocol):
+    """The rank's side of hand-overs: knows the engine and the transfer backend. Called by the loop's thread only.
+
+    It talks to the front through the `emit` it was made with. No call blocks.
+    """
+
+    @property
+    def pending(self) -> bool:
+        """Whether a hand-over is under way, so that `poll` must be called now and then."""
+        ...
+
+    def start(self, message: StartSequence) -> None:
+        """Begin a sequence that has a ticket. Raises `MeshError` to refuse it."""
+        ...
+
+    def on_message(self, message: RoomReserved | RoomEnded | RoomReleased) -> None:
+        """Apply what the control plane says about a room."""
+        ...
+
+    def on_abort(self, sequence_id: int) -> bool:
+        """Stop a sequence whose hand-over is under way. False if it is not one, and the engine should."""
+        ...
+
+    def on_step(self, result: StepResult) -> None:
+        """Act on a step: send computed pages, clear up after failed sequences."""
+        ...
+
+    def poll(self) -> None:
+        """Take note of what the backend did since the last call."""
+        ...
+
+    def close(self) -> None:
+        """Close the transfer endpoint. The pool stays mapped."""
+        ...
+
+
+class NoHandover:
+    """For a worker that does both phases itself."""
+
+    pending = False
+
+    def start(self, message: StartSequence) -> None:
+        """Refuse: there is nobody to hand over to."""
+        raise MeshError(Reason.UNSUPPORTED, "a unified worker takes no part in a hand-over")
+
+    def on_message(self, message: RoomReserved | RoomEnded | RoomReleased) -> None:
+        """Ignore: it concerns a room that this worker refused."""
+
+    def on_abort(self, sequence_id: int) -> bool:
+        """Leave it to the engine."""
+        return False
+
+    def on_step(self, result: StepResult) -> None:
+        """Nothing to send."""
+
+    def poll(self) -> None:
+        """Nothing to take note of."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class RankLoop:
+    """Runs an engine and its hand-overs for the front at the other end of `socket`.
+
+    Every sequence that the front starts gets exactly one last message: `Tokens` with a finish (also "abort"),
+    `Prefilled`, or `SequenceFailed`. Without work the loop sleeps until the front or a backend's thread has some.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], engine: Engine, waker: Waker) -> None:
+        self._socket = socket
+        self._engine = engine
+        self._waker = waker
+        self._handover: Handover = NoHandover()
+        self._outbox: list[Outgoing] = []
+        self._sent_load: Load | None = None
+        self._stopping = False
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToRank)
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(waker.fd, zmq.POLLIN)
+
+    def emit(self, message: Outgoing) -> None:
+        """Queue a message for the front; it leaves at the end of the loop's turn."""
+        self._outbox.append(message)
+
+    def stop(self) -> None:
+        """Make `run` return after the step under way. May be called by a signal handler."""
+        self._stopping = True
+        self._waker.wake()
+
+    def run(self, handover: Handover) -> None:
+        """Loop until `Stop` or `stop`, then close the hand-over."""
+        self._handover = handover
+        busy = False
+        self.flush()
+        while not self._stopping:
+            self._receive(busy)
+            if self._stopping:
+                break
+            handover.poll()
+            busy = self._step()
+            self.flush()
+        handover.close()
+        self.flush()
+
+    def _receive(self, busy: bool) -> None:
+        """Apply what the front sent. Unless the engine is busy, wait for it, or for a call of `Waker.wake`."""
+        timeout_ms = 0 if busy else PENDING_POLL_MS if self._handover.pending else None
+        ready = {source for source, _ in self._poller.poll(timeout_ms)}
+        if self._waker.fd in ready:
+            self._waker.drain()
+        while self._socket in ready:
+            try:
+                data = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            for message in self._decoder.decode(data).messages:
+                self._apply(message)
+
+    def _apply(self, message: StartSequence | AbortSequence | RoomReserved | RoomEnded | RoomReleased | Stop) -> None:
+        match message:
+            case StartSequence():
+                self._start(message)
+            case AbortSequence(sequence_id):
+                if not self._handover.on_abort(sequence_id):
+                    self._abort(sequence_id)
+            case Stop():
+                self._stopping = True
+            case _:
+                self._handover.on_message(message)
+
+    def _start(self, message: StartSequence) -> None:
+        try:
+            if message.ticket is not None:
+                self._handover.start(message)
+            else:
+                request_id = message.request_id
+                sequence = Sequence(message.sequence_id, message.prompt_ids, message.sampling, request_id=request_id)
+                self._engine.add(sequence)
+        except MeshError as error:
+            self.emit(SequenceFailed(message.sequence_id, error.reason, error.message))
+
+    def _abort(self, sequence_id: int) -> None:
+        sequence = self._engine.find(sequence_id)
+        if sequence is not None and self._engine.abort(sequence_id):
+            self.emit(Tokens(sequence_id, len(sequence.output_ids), [], [], "abort", sequence.cached_tokens))
+
+    def _step(self) -> bool:
+        """Compute a step if there is work; whether there may be more at once."""
+        if not self._engine.has_work:
+            return False
+        result = self._engine.step()
+        self._outbox += result.tokens
+        self._outbox += result.failures
+        self._handover.on_step(result)
+        return result.scheduled and self._engine.has_work
+
+    def flush(self) -> None:
+        """Send what is queued, with the load if it changed, as one message."""
+        load = self._engine.load()
+        changed = load if load != self._sent_load else None
+        if self._outbox or changed:
+            self._socket.send(self._encoder.encode(FromRank(self._outbox, changed)))
+            self._outbox = []
+            self._sent_load = load

@@ -1,0 +1,84 @@
+"""From a config to an engine: what every service's rank module needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from common.engine.config import EngineConfig
+from common.engine.engine import Engine
+from common.engine.runner import ModelRunner
+from common.errors.base import MeshError, Reason
+from common.kvcache.allocator import PageAllocator
+from common.kvcache.layout import KvLayout
+from common.kvcache.pool import KvPool
+from common.worker.messages import RankReady
+
+MAX_CPU_POOL_BYTES = 4 * 2**30
+CPU_POOL_SHARE = 0.25  # of the memory that is available: several workers often share one machine
+
+
+def default_num_pages(config: EngineConfig, layout: KvLayout, context_length: int, device: torch.device) -> int:
+    """Pages of the KV pool, once the weights are loaded.
+
+    `--max-total-tokens` decides if it is set. On CUDA it is what `--mem-fraction-static` of the device's memory
+    leaves. On CPU it is what `--max-running-requests` full contexts need, but at most a quarter of the memory that
+    is available, and at most 4 GiB.
+
+    Raises:
+        MeshError: BAD_CONFIG; not one page fits.
+    """
+    if config.max_total_tokens is not None:
+        num_pages = config.max_total_tokens // layout.page_size
+    elif device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        num_pages = int(total * config.mem_fraction_static - (total - free)) // layout.page_bytes
+    else:
+        wanted = config.max_running_requests * layout.pages_for(context_length)
+        most = min(int(available_bytes() * CPU_POOL_SHARE), MAX_CPU_POOL_BYTES)
+        num_pages = min(wanted, most // layout.page_bytes)
+    if num_pages < 1:
+        raise MeshError(
+            Reason.BAD_CONFIG,
+            f"no page of {layout.page_bytes} bytes fits in the KV pool; "
+            "see --max-total-tokens and --mem-fraction-static",
+        )
+    return num_pages
+
+
+def available_bytes(meminfo: str = "/proc/meminfo", cgroup: str = "/sys/fs/cgroup") -> int:
+    """Host memory that can be had without swapping, and within this process's control group (version 2)."""
+    lines = dict(line.split(":", 1) for line in Path(meminfo).read_text().splitlines())
+    available = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = Path(cgroup, "memory.max"), Path(cgroup, "memory.current")
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        available = min(available, max(0, int(most) - int(used.read_text())))
+    return available
+
+
+def build_engine(
+    config: EngineConfig,
+    allocate: Callable[[int], memoryview],
+    register: Callable[[int, int], None] | None = None,
+) -> Engine:
+    """Load the model and give it a pool.
+
+    On CPU the pool's memory comes from `allocate` (bytes), which a transfer backend provides; it must stay mapped
+    until the engine is no longer used. On CUDA the pool is the device's, and `register` (address, bytes) makes it
+    known to the backend.
+
+    Raises:
+        MeshError: BAD_CHECKPOINT or BAD_CONFIG.
+    """
+    runner = ModelRunner.load(config)
+    num_pages = default_num_pages(config, runner.layout, runner.context_length, runner.device)
+    if runner.device.type == "cpu":
+        pool = KvPool(runner.layout, num_pages, buffer=allocate(num_pages * runner.layout.page_bytes))
+    else:
+        pool = KvPool(runner.layout, num_pages, device=runner.device)
+        if register is not None:
+            register(pool.address, pool.nbytes)
+    runner.attach_pool(pool)
+    return Engine(runner, PageAllocator(num_pages), config)

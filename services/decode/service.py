@@ -1,0 +1,63 @@
+"""DecodeService: translates between routers' streams and the front. A unified worker serves it too."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from common.rpc.server import Service
+from common.worker import convert, sessions
+from common.worker.front import Front, Role, SequenceNews
+from common.worker.messages import SequenceFailed, Tokens
+from pdmesh.v1 import decode_service_pb2 as pb
+from pdmesh.v1 import decode_service_pb2_grpc as pb_grpc
+from pdmesh.v1 import types_pb2
+
+DecodeFront = Front[pb.DecodeEvent]
+
+
+class DecodeServicer(pb_grpc.DecodeServiceServicer):
+    """Handlers of DecodeService."""
+
+    def __init__(self, front: DecodeFront) -> None:
+        self._front = front
+
+    async def Session(
+        self,
+        requests: AsyncIterator[pb.DecodeServiceSessionRequest],
+        context: object,
+    ) -> AsyncIterator[pb.DecodeServiceSessionResponse]:
+        async for events in self._front.serve_session(requests, self._apply):
+            yield pb.DecodeServiceSessionResponse(events=events)
+
+    def _apply(self, session: sessions.Session[pb.DecodeEvent], request: pb.DecodeServiceSessionRequest) -> None:
+        for command in request.commands:
+            if command.HasField("start"):
+                start = command.start
+                self._front.start(
+                    session,
+                    start.sequence_id,
+                    start.request_id,
+                    start.ticket if start.HasField("ticket") else None,
+                    list(start.prompt_ids),
+                    start.sampling,
+                )
+            else:
+                self._front.abort(session, command.abort.sequence_id)
+
+
+def to_event(number: int, news: SequenceNews) -> pb.DecodeEvent:
+    """A rank's news as the router sees it."""
+    match news:
+        case Tokens():
+            return pb.DecodeEvent(sequence_id=number, tokens=convert.tokens_to(news))
+        case SequenceFailed():
+            return pb.DecodeEvent(sequence_id=number, failed=convert.failed_to(news))
+    raise TypeError(f"a decode rank sends no {type(news).__name__}")
+
+
+def make_service(front: DecodeFront) -> Service:
+    return Service("pdmesh.v1.DecodeService", pb_grpc.add_DecodeServiceServicer_to_server, DecodeServicer(front))
+
+
+DECODE = Role("decode", types_pb2.WORKER_ROLE_DECODE, "services.decode.rank", make_service, to_event)
+UNIFIED = Role("unified", types_pb2.WORKER_ROLE_UNIFIED, "services.decode.rank", make_service, to_event)

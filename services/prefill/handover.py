@@ -1,0 +1,277 @@
+"""Prefill's side of a hand-over: pages of a computed chunk go out while the next chunk computes.
+
+A room is known by its ticket. Its reservation (from bootstrap) and its prompt (from the router) come over
+different streams, in either order, and so may its end; whichever comes first is kept for the other.
+
+When a room ends before success, bootstrap is told `RoomQuiet` once nothing more will be written for it: decode
+keeps the destination pages in quarantine until then.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from common.engine.engine import Engine, StepResult
+from common.engine.request import Sequence
+from common.errors.base import MeshError, Reason
+from common.mesh.ticket import Ticket
+from common.obs.log import get_logger
+from common.transfer import notice
+from common.transfer.base import Completion, Handle, HandleState, PeerId, TransferBackend, TransferError
+from common.transfer.notice import HandoverNotice
+from common.transfer.runs import coalesce
+from common.worker.loop import Emit
+from common.worker.messages import (
+    Prefilled,
+    RoomEnded,
+    RoomFailed,
+    RoomQuiet,
+    RoomReleased,
+    RoomReserved,
+    RoomTransferring,
+    SequenceFailed,
+    StartSequence,
+    Tokens,
+)
+
+log = get_logger(__name__)
+
+# Reservations and ends that came before their prompt. A prompt follows within the router's call, so that what
+# is older than this many rooms belongs to a router that is gone.
+EARLY_ROOMS = 4096
+
+
+@dataclass(slots=True)
+class Destination:
+    """Where a room's pages go: a peer and the pages there, in token order, from page `first` of the prompt on."""
+
+    peer: PeerId
+    pages: list[int]
+    first: int
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """A room on its way out."""
+
+    ticket: Ticket
+    sequence: Sequence
+    destination: Destination | None = None
+    pages_computed: int = 0
+    pages_sent: int = 0
+    bytes_sent: int = 0
+    handles: set[Handle] = field(default_factory=set)
+    first_token: Tokens | None = None  # set with the last chunk
+    ended: bool = False
+
+
+class PrefillHandover:
+    """Implements `common.worker.loop.Handover`. Everything runs on the rank's loop but `disconnect`."""
+
+    def __init__(self, engine: Engine, backend: TransferBackend, emit: Emit, timeout_s: float) -> None:
+        self._engine = engine
+        self._backend = backend
+        self._emit = emit
+        self._timeout_s = timeout_s
+        self._layout = engine.runner.layout
+        self._rooms: dict[Ticket, Outgoing] = {}
+        self._by_sequence: dict[int, Outgoing] = {}
+        self._by_handle: dict[Handle, Outgoing] = {}
+        self._early: OrderedDict[Ticket, RoomReserved | RoomEnded] = OrderedDict()
+        # A broken peer's engine may take its own time-out to fall silent: that must not hold up the model.
+        self._closer = ThreadPoolExecutor(1, thread_name_prefix="disconnect")
+        self._disconnecting: list[tuple[Future[None], list[Outgoing]]] = []
+
+    # ------------------------------------------------------------------------------------ events
+
+    def start(self, message: StartSequence) -> None:
+        """A prompt to compute for a room. Raises `MeshError` when the room has ended or the engine refuses it."""
+        assert message.ticket is not None
+        early = self._early.pop(message.ticket, None)
+        if isinstance(early, RoomEnded):
+            raise MeshError(Reason(early.reason), early.message)
+        sequence = Sequence(
+            message.sequence_id, message.prompt_ids, message.sampling, prefill_only=True, request_id=message.request_id
+        )
+        try:
+            self._engine.add(sequence)
+        except MeshError as error:
+            self._emit(RoomFailed(message.ticket, error.reason, error.message))
+            self._emit(RoomQuiet(message.ticket))
+            raise
+        room = Outgoing(message.ticket, sequence)
+        self._rooms[room.ticket] = room
+        self._by_sequence[message.sequence_id] = room
+        if early:
+            self._reserved(room, early)
+
+    def on_message(self, message: RoomReserved | RoomEnded | RoomReleased) -> None:
+        """News from bootstrap about a room."""
+        if isinstance(message, RoomReleased):
+            return  # meant for the other side
+        room = self._rooms.get(message.ticket)
+        if isinstance(message, RoomEnded):
+            self._ended(message, room)
+        elif room:
+            self._reserved(room, message)
+        else:
+            self._keep(message)
+
+    def on_abort(self, sequence_id: int) -> bool:
+        """The router gave the sequence up. False when it is none of ours."""
+        room = self._by_sequence.get(sequence_id)
+        if room is None:
+            return False
+        self._fail(room, Reason.ABORTED, "the router aborted the sequence")
+        return True
+
+    def on_step(self, result: StepResult) -> None:
+        """Pages of the step's chunks are filled: let them go."""
+        for progress in result.progress:
+            room = self._by_sequence[progress.sequence.sequence_id]
+            room.first_token = progress.first
+            if progress.first:
+                room.pages_computed = self._layout.pages_for(progress.computed)
+            else:  # a page that the next chunk will write to again must wait for it
+                room.pages_computed = progress.computed // self._layout.page_size
+            self._advance(room)
+        for failure in result.failures:
+            self._fail(self._by_sequence[failure.sequence_id], Reason(failure.reason), failure.message)
+
+    def poll(self) -> None:
+        """Take in what the transfer backend and the disconnects have finished."""
+        for completion in self._backend.poll():
+            if room := self._by_handle.pop(completion.handle, None):
+                self._completed(room, completion)
+        done = [entry for entry in self._disconnecting if entry[0].done()]
+        for future, rooms in done:
+            self._disconnecting.remove((future, rooms))
+            future.result()
+            for room in rooms:
+                self._quiet(room)
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._rooms)
+
+    def close(self) -> None:
+        self._closer.shutdown(wait=True)
+        self._backend.close()
+
+    # ------------------------------------------------------------------------------------ steps of a room
+
+    def _keep(self, message: RoomReserved | RoomEnded) -> None:
+        self._early[message.ticket] = message
+        while len(self._early) > EARLY_ROOMS:
+            self._early.popitem(last=False)
+
+    def _reserved(self, room: Outgoing, message: RoomReserved) -> None:
+        if room.ended or room.destination:
+            return  # a repeated reservation is the same one: the ticket fences it
+        rank = message.ranks[0]
+        pages = [page for first, count in rank.extents for page in range(first, first + count)]
+        try:
+            peer = self._backend.connect(rank.descriptor)
+        except TransferError as error:
+            self._fail(room, Reason.TRANSFER_FAILED, str(error))
+            return
+        first = message.from_token // self._layout.page_size
+        room.destination = Destination(peer, pages, first)
+        room.pages_sent = first
+        self._advance(room)
+
+    def _advance(self, room: Outgoing) -> None:
+        """Send the pages that are computed and wanted; when all have arrived, tell decode."""
+        to = room.destination
+        if to is None or room.ended:
+            return
+        if room.pages_sent < room.pages_computed:
+            if room.pages_sent == to.first:
+                self._emit(RoomTransferring(room.ticket))
+            source = room.sequence.pages[room.pages_sent : room.pages_computed]
+            target = to.pages[room.pages_sent - to.first : room.pages_computed - to.first]
+            runs = coalesce(source, target, self._layout.page_bytes)
+            try:
+                handle = self._backend.submit(to.peer, runs, self._timeout_s)
+            except TransferError as error:
+                self._fail(room, Reason.TRANSFER_FAILED, str(error))
+                return
+            room.handles.add(handle)
+            self._by_handle[handle] = room
+            room.bytes_sent += sum(run.nbytes for run in runs)
+            room.pages_sent = room.pages_computed
+        if room.first_token and not room.handles:
+            self._finish(room, to.peer, room.first_token)
+
+    def _finish(self, room: Outgoing, peer: PeerId, first: Tokens) -> None:
+        chosen = first.logprobs[0] if first.logprobs else None
+        arrived = HandoverNotice(
+            ticket=room.ticket,
+            rank=0,
+            nbytes=room.bytes_sent,
+            token_id=first.token_ids[0],
+            logprobs=(chosen.token_id, chosen.logprob, chosen.top) if chosen else None,
+            cached_tokens=first.cached_tokens,
+        )
+        try:
+            self._backend.notify(peer, notice.encode(arrived))
+        except TransferError as error:
+            self._fail(room, Reason.TRANSFER_FAILED, str(error))
+            return
+        self._emit(Prefilled(room.sequence.sequence_id, first.cached_tokens))
+        self._forget(room)
+
+    def _completed(self, room: Outgoing, completion: Completion) -> None:
+        room.handles.discard(completion.handle)
+        if completion.state is HandleState.FAILED and not room.ended:
+            self._fail(room, Reason.TRANSFER_FAILED, completion.error, broken_peer=True)
+        elif room.ended:
+            self._quiet(room)
+        else:
+            self._advance(room)
+
+    def _ended(self, message: RoomEnded, room: Outgoing | None) -> None:
+        if room is None:
+            self._keep(message)
+            self._emit(RoomQuiet(message.ticket))
+        elif not room.ended:
+            self._emit(SequenceFailed(room.sequence.sequence_id, message.reason, message.message))
+            self._stop(room)
+            self._quiet(room)
+
+    def _fail(self, room: Outgoing, reason: Reason, message: str, *, broken_peer: bool = False) -> None:
+        """Give a room up from this side."""
+        if room.ended:
+            return
+        log.warning("room failed", room=str(room.ticket), reason=reason, message=message)
+        self._emit(RoomFailed(room.ticket, reason, message))
+        self._emit(SequenceFailed(room.sequence.sequence_id, reason, message))
+        self._stop(room)
+        if broken_peer and room.destination:
+            self._disconnect(room, room.destination.peer)
+        else:
+            self._quiet(room)
+
+    def _stop(self, room: Outgoing) -> None:
+        """Compute no more; the pages stay ours while writes may still read them."""
+        room.ended = True
+        self._engine.abort(room.sequence.sequence_id, quarantine=True)
+
+    def _disconnect(self, room: Outgoing, peer: PeerId) -> None:
+        # After a failure bytes may still land; only a returned `disconnect` says that the writer is quiet.
+        for handle in room.handles:
+            self._by_handle.pop(handle, None)
+        room.handles.clear()
+        self._disconnecting.append((self._closer.submit(self._backend.disconnect, peer), [room]))
+
+    def _quiet(self, room: Outgoing) -> None:
+        if not room.handles:
+            self._emit(RoomQuiet(room.ticket))
+            self._forget(room)
+
+    def _forget(self, room: Outgoing) -> None:
+        self._engine.release(room.sequence.sequence_id)
+        self._rooms.pop(room.ticket, None)
+        self._by_sequence.pop(room.sequence.sequence_id, None)
