@@ -79,6 +79,18 @@ class Child:
             os.killpg(self.pid, signal.SIGKILL)
 
 
+def spawn(command: Sequence[str], env: Mapping[str, str], ready_fd: int, output_fd: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-S", "-E", str(LEASH), str(os.getpid()), *command],
+        env={**env, READY_FD: str(ready_fd)},
+        stdin=subprocess.DEVNULL,
+        stdout=output_fd,
+        stderr=subprocess.STDOUT,
+        pass_fds=(ready_fd,),
+        start_new_session=True,
+    )
+
+
 class Supervisor:
     """The children of this process, in the order in which they were started."""
 
@@ -91,15 +103,7 @@ class Supervisor:
         """Start a process; what it writes appears on stderr. Call in the main thread: the leash is tied to it."""
         ready, output = await Pipe.open(), await Pipe.open()
         try:
-            process = subprocess.Popen(
-                [sys.executable, "-S", "-E", str(LEASH), str(os.getpid()), *command],
-                env={**env, READY_FD: str(ready.write_fd)},
-                stdin=subprocess.DEVNULL,
-                stdout=output.write_fd,
-                stderr=subprocess.STDOUT,
-                pass_fds=(ready.write_fd,),
-                start_new_session=True,
-            )
+            process = spawn(command, env, ready.write_fd, output.write_fd)
         finally:
             os.close(ready.write_fd)
             os.close(output.write_fd)

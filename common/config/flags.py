@@ -14,7 +14,7 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,10 +110,15 @@ def leaf(hint: Any) -> tuple[type, bool]:
     return hint, False
 
 
-def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
-    """Give `parser` a flag for every option of `configs`, and `--config`. Of two with one name the first counts."""
+def add_flags(parser: argparse.ArgumentParser, *configs: type, skip: Container[str] = ()) -> None:
+    """Give `parser` a flag for every option of `configs` but those named in `skip`, and `--config`.
+
+    Of two options with one name the first counts.
+    """
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of these settings")
     for option in distinct(configs):
+        if option.name in skip:
+            continue
         names = [f"--{option.name}", *option.metadata["aliases"]]
         text = option.metadata["help"].replace("%", "%%")
         if option.default not in (None, False, (), ""):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import count
@@ -19,9 +18,10 @@ from common.errors.base import MeshError, Reason
 from common.kvcache.allocator import PageAllocator
 from common.kvcache.layout import KvLayout
 from common.kvcache.ledger import PageState
+from common.obs.log import get_logger
 from common.worker.messages import Ledger, Load, SequenceFailed, TokenLogprobs, Tokens
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class Runner(Protocol):
@@ -195,7 +195,7 @@ class Engine:
             sampling = [span.sequence for span in plan.spans if span.sample]
             sampled = sample(logits_SV, sampling) if sampling else Sampled([], [], [])
         except Exception as error:
-            logger.exception("a step of %d sequences failed", len(plan.spans))
+            log.exception("a step failed", sequences=len(plan.spans))
             return self._fail_step(plan, f"the step failed: {type(error).__name__}: {error}")
         return self._hand_out(plan, sampling, sampled)
 

@@ -113,7 +113,7 @@ class RouterSession(Session[pb.RouterEvent, pb.MeshEvent]):
         for ticket in opened:
             ended = pb.RoomEnded(ticket=ticket_to(ticket), state=types_pb2.ROOM_STATE_FAILED)
             ended.reason, ended.message = Reason.BOOTSTRAP_UNREACHABLE, error.message
-            if self.on_room_ended:
+            if self.on_room_ended and not self.closing:
                 self.on_room_ended(ended)
 
     def _changed(self) -> None:
@@ -130,6 +130,8 @@ class RouterSession(Session[pb.RouterEvent, pb.MeshEvent]):
 
     def _room_opened(self, opened: pb.RoomOpened) -> None:
         ticket = ticket_from(opened.ticket)
+        if ticket in self._open:  # the answer to a repetition
+            return
         attempt, answer = self._opening.get((opened.request_id, opened.index), (0, None))
         if answer is None or answer.done() or attempt != ticket.attempt:
             self.close_room(ticket)  # whoever wanted it has left

@@ -34,7 +34,7 @@ class Session(ABC, Generic[Up, Down]):
         self._task: asyncio.Task[None] | None = None
         self._backoff_s = FIRST_BACKOFF_S
         self._last_error = ""
-        self._closing = False
+        self.closing = False
 
     @abstractmethod
     def open(self, stub: bootstrap_service_pb2_grpc.BootstrapServiceAsyncStub) -> Any:
@@ -54,7 +54,7 @@ class Session(ABC, Generic[Up, Down]):
 
     @abstractmethod
     def lost(self, error: MeshError) -> None:
-        """The stream broke, or could not be opened; it will be tried again."""
+        """The stream broke or could not be opened, and will be tried again; or, while `closing`, it was closed."""
 
     def start(self) -> None:
         """Begin to connect; returns at once."""
@@ -62,7 +62,7 @@ class Session(ABC, Generic[Up, Down]):
 
     async def close(self) -> None:
         """Send what is queued, say goodbye and stop. Idempotent."""
-        self._closing = True
+        self.closing = True
         self.outbox.close()
         task, self._task = self._task, None
         if task is None:
@@ -70,6 +70,7 @@ class Session(ABC, Generic[Up, Down]):
         await asyncio.wait([task], timeout=GOODBYE_S)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        self.lost(unreachable(self.address, "the session was closed"))
 
     def established(self) -> None:
         """To be called by `receive` once bootstrap has accepted the session."""
@@ -78,11 +79,11 @@ class Session(ABC, Generic[Up, Down]):
         log.info("session with bootstrap established", address=self.address)
 
     async def _run(self) -> None:
-        while not self._closing:
+        while not self.closing:
             error = await self._converse()
-            self.lost(error)
-            if self._closing:
+            if self.closing:
                 return
+            self.lost(error)
             if error.message != self._last_error:  # say it once, not with every attempt
                 log.warning("no session with bootstrap", address=self.address, error=error.message)
                 self._last_error = error.message

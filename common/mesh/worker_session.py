@@ -19,7 +19,7 @@ class WorkerSession(Session[pb.WorkerEvent, pb.ControlEvent]):
     """Keeps a worker registered from `start` to `close`, through restarts of bootstrap.
 
     `describe` gives the record for a registration, `load` the figures for a heartbeat. `on_event` gets every event
-    but `registered`. `on_registered` is called after each registration, `on_lost` whenever a registration ends:
+    but `registered`. `on_registered` is called after each registration, `on_lost` whenever one breaks:
     bootstrap then fails the worker's rooms, and the worker must do the same with those not yet handed over.
     All callbacks run in the event loop.
     """
@@ -100,15 +100,8 @@ class WorkerSession(Session[pb.WorkerEvent, pb.ControlEvent]):
             self._heartbeats = None
         if self.registered.is_set():
             self.registered.clear()
-            if self.on_lost:
+            if self.on_lost and not self.closing:
                 self.on_lost(error)
-
-    async def close(self) -> None:
-        await super().close()
-        if self._heartbeats:
-            self._heartbeats.cancel()
-            self._heartbeats = None
-        self.registered.clear()
 
     async def _beat(self, interval_s: float) -> None:
         while True:

@@ -12,6 +12,7 @@ sockets also accept their own user only.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import selectors
 import socket
@@ -287,6 +288,14 @@ class Channel:
         self._selector.unregister(link.socket)
         link.close()
         self._events.on_gone(link)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host reaches `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _frame(kind: Kind, addressee: bytes, payload: bytes) -> bytes:

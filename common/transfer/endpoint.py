@@ -72,7 +72,6 @@ class _Peer:
     descriptor: Descriptor
     link: Link
     dispatcher: Dispatcher
-    transfers: set[Transfer]
     gone: str = ""
 
 
@@ -93,7 +92,8 @@ class Endpoint(ABC):
         self._peers: dict[PeerId, _Peer] = {}
         self._peer_ids = itertools.count(1)
         self._handles = itertools.count(1)
-        self._deadlines: list[tuple[float, int, Transfer]] = []
+        self._transfers: dict[Handle, tuple[_Peer, Transfer]] = {}  # those that have not ended
+        self._deadlines: list[tuple[float, Handle]] = []  # a heap; may name transfers that have ended
         self._completions: list[Completion] = []
         self._received: list[bytes] = []
         self._closed = False
@@ -144,7 +144,7 @@ class Endpoint(ABC):
             dispatcher = Dispatcher(
                 f"transfer-peer-{peer_id}", lambda: self._open_writer(pool, wanted, link), self._finish
             )
-            peer = _Peer(wanted, link, dispatcher, set())
+            peer = _Peer(wanted, link, dispatcher)
             with self._lock:
                 if not link.open:
                     peer.gone = "the peer is gone"
@@ -165,7 +165,7 @@ class Endpoint(ABC):
     def _lose(self, peer: _Peer, why: str) -> None:
         with self._lock:
             peer.gone = peer.gone or why
-            lost = list(peer.transfers)
+            lost = [transfer for owner, transfer in self._transfers.values() if owner is peer]
         for transfer in lost:
             self._finish(transfer, HandleState.FAILED, why)
 
@@ -183,9 +183,9 @@ class Endpoint(ABC):
         pieces = checked(runs, pool.nbytes, known.descriptor.pool_bytes)
         transfer = Transfer(Handle(next(self._handles)), pieces, timeout_s)
         with self._lock:
-            known.transfers.add(transfer)
-            heapq.heappush(self._deadlines, (transfer.deadline, transfer.handle, transfer))
-            first = self._deadlines[0][2] is transfer
+            self._transfers[transfer.handle] = (known, transfer)
+            heapq.heappush(self._deadlines, (transfer.deadline, transfer.handle))
+            first = self._deadlines[0][1] == transfer.handle
             gone = known.gone
         if gone:
             self._finish(transfer, HandleState.FAILED, gone)
@@ -205,8 +205,7 @@ class Endpoint(ABC):
             if transfer.ended:
                 return
             transfer.ended = True
-            for peer in self._peers.values():
-                peer.transfers.discard(transfer)
+            del self._transfers[transfer.handle]
             seconds = time.monotonic() - transfer.submitted
             self._completions.append(Completion(transfer.handle, state, error, seconds))
         self._wake()
@@ -244,10 +243,13 @@ class Endpoint(ABC):
         expired: list[Transfer] = []
         now = time.monotonic()
         with self._lock:
-            while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][2].ended):
-                transfer = heapq.heappop(self._deadlines)[2]
-                if not transfer.ended:
-                    expired.append(transfer)
+            while self._deadlines:
+                deadline, handle = self._deadlines[0]
+                if handle in self._transfers:
+                    if deadline > now:
+                        break
+                    expired.append(self._transfers[handle][1])
+                heapq.heappop(self._deadlines)
             wait = self._deadlines[0][0] - now if self._deadlines else None
         for transfer in expired:
             self._finish(transfer, HandleState.FAILED, f"it did not end within {transfer.timeout_s:g} s")

@@ -16,6 +16,7 @@ from common.transfer.base import TransferError
 
 HUGE_PAGE_BYTES = 2 << 20
 PROTECTION = mmap.PROT_READ | mmap.PROT_WRITE
+PROT_NONE = 0
 MAP_FIXED = 0x10
 MAP_NORESERVE = 0x4000
 MAP_FAILED = ctypes.c_void_p(-1).value
@@ -54,7 +55,7 @@ def map_memory(nbytes: int, fd: int = -1) -> memoryview:
     # Reserve address space with room to align, then put the real mapping into it: the kernel alone aligns
     # only some kinds of mappings. A file must be aligned in memory as in itself to get huge pages.
     reserved_bytes = nbytes + HUGE_PAGE_BYTES
-    reserved = _mmap(None, reserved_bytes, mmap.PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE, -1)
+    reserved = _mmap(None, reserved_bytes, PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE, -1)
     address = -(-reserved // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
     kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS if fd < 0 else mmap.MAP_SHARED
     try:

@@ -46,5 +46,5 @@ def available() -> dict[str, str | None]:
 def _module(name: str) -> _Module:
     if name not in _MODULES:
         raise TransferError(f"there is no transfer backend {name!r}; there are {', '.join(NAMES)}")
-    module: _Module = importlib.import_module(_MODULES[name])  # type: ignore[assignment]
+    module: _Module = importlib.import_module(_MODULES[name])
     return module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from common.errors.base import STATUS, Reason
-from common.mesh.ticket import Ticket
+from common.mesh.wire import ticket_from, ticket_to
 from common.worker.messages import (
     Ledger,
     Load,
@@ -39,10 +39,6 @@ RoomNews = RoomReserved | RoomTransferring | RoomTransferred | RoomFailed | Room
 # ---------------------------------------------------------------------------------------- from the mesh
 
 
-def ticket_from(message: pb.Ticket) -> Ticket:
-    return Ticket(message.room_id, message.attempt, message.epoch)
-
-
 def sampling_from(message: pb.SamplingParams) -> Sampling:
     """Every field that is set; the rest keep `Sampling`'s defaults, which are the proto's."""
     names = set(Sampling.__struct_fields__)
@@ -75,10 +71,6 @@ def control_from(event: bootstrap_pb.ControlEvent) -> RoomReserved | RoomEnded |
 
 
 # ---------------------------------------------------------------------------------------- to the mesh
-
-
-def ticket_to(ticket: Ticket) -> pb.Ticket:
-    return pb.Ticket(room_id=ticket.room_id, attempt=ticket.attempt, epoch=ticket.epoch)
 
 
 def room_event_to(news: RoomNews) -> bootstrap_pb.WorkerEvent:

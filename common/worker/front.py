@@ -17,6 +17,7 @@ import msgspec
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from common.errors.base import MeshError, Reason
+from common.mesh.wire import ticket_from
 from common.mesh.worker_session import WorkerSession
 from common.obs import log, metrics
 from common.rpc.announce import announce
@@ -82,7 +83,6 @@ class Front(Generic[E]):
         self._server: Server
         self._rank: RankProcess
         self._mesh: WorkerSession
-        self._record: pb.Worker
 
     # ------------------------------------------------------------------------------------ life
 
@@ -95,7 +95,13 @@ class Front(Generic[E]):
             await self._server.start()
             announce(self.role.name, grpc=self._server.address, metrics=f"{config.host}:{metrics_port}")
             if await self._spawn_rank(stop):
-                await self._with_rank(stop)
+                self._mesh = self._make_session()
+                reader = asyncio.create_task(self._read_rank(stop))
+                try:
+                    await self._serve(stop)
+                finally:
+                    await self._rank.stop()
+                    await reader
         finally:
             await self._server.stop()
             stop_metrics()
@@ -105,7 +111,8 @@ class Front(Generic[E]):
     async def _spawn_rank(self, stop: asyncio.Event) -> bool:
         """Load the model; False when `stop` was set before it was there."""
         threads = self.config.engine.cpu_threads
-        spawn = RankProcess.spawn(self.role.rank_module, msgspec.json.encode(self.config), cpu_threads=threads)
+        config = msgspec.msgpack.encode(self.config)
+        spawn = RankProcess.spawn(self.role.rank_module, config, cpu_threads=threads)
         loading = asyncio.create_task(spawn)
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
@@ -117,20 +124,15 @@ class Front(Generic[E]):
         self._rank = loading.result()
         return True
 
-    async def _with_rank(self, stop: asyncio.Event) -> None:
-        reader = asyncio.create_task(self._read_rank(stop))
-        try:
-            await self._serve(stop)
-        finally:
-            await self._rank.stop()
-            await reader
-
-    async def _serve(self, stop: asyncio.Event) -> None:
-        assert self._rank.ready
+    def _make_session(self) -> WorkerSession:
+        assert self._rank.ready  # `spawn` has returned
         record = self._describe(self._rank.ready)
-        self._mesh = WorkerSession(
+        return WorkerSession(
             self.config.bootstrap.address, lambda: record, lambda: convert.load_to(self._load), self._on_control
         )
+
+    async def _serve(self, stop: asyncio.Event) -> None:
+        self._accepting = True  # before routers hear of this worker
         self._mesh.start()
         try:
             await self._register(stop)
@@ -150,7 +152,6 @@ class Front(Generic[E]):
             address = self.config.bootstrap.address
             raise MeshError(Reason.BOOTSTRAP_UNREACHABLE, f"no bootstrap answered at {address} within {timeout_s:g} s")
         if not stop.is_set():
-            self._accepting = True
             await self._server.set_serving(True)
             logger.info("ready", worker=self._mesh.worker_id, address=self._server.address)
 
@@ -178,12 +179,14 @@ class Front(Generic[E]):
                 async for request in requests:
                     apply(session, request)
             finally:
-                session.close()
+                session.outbox.close()
 
         reader = asyncio.create_task(read())
         try:
-            while batch := await session.next_batch():
+            async for batch in session.outbox.batches():
                 yield batch
+            if reader.done():
+                reader.result()  # a command that cannot be read ends the stream with its error
         finally:
             reader.cancel()
             for sequence_id in self.sessions.drop(session):
@@ -202,7 +205,7 @@ class Front(Generic[E]):
         """Begin the router's sequence `number`."""
         if not self._accepting:
             failed = SequenceFailed(0, Reason.DRAINING, "the worker is starting or draining")
-            session.push(self.role.to_event(number, failed))
+            session.outbox.put(self.role.to_event(number, failed))
             return
         sequence_id = self.sessions.add(session, number)
         self._idle.clear()
@@ -210,7 +213,7 @@ class Front(Generic[E]):
             StartSequence(
                 sequence_id=sequence_id,
                 request_id=request_id,
-                ticket=convert.ticket_from(ticket) if ticket else None,
+                ticket=ticket_from(ticket) if ticket else None,
                 prompt_ids=prompt_ids,
                 sampling=convert.sampling_from(sampling),
             )
@@ -255,7 +258,7 @@ class Front(Generic[E]):
         if (owner := self.sessions.owner(news.sequence_id)) is None:
             return  # aborted meanwhile
         session, number = owner
-        session.push(self.role.to_event(number, news))
+        session.outbox.put(self.role.to_event(number, news))
         if not isinstance(news, Tokens) or news.finish:
             self.sessions.end(news.sequence_id)
             ENDED.labels("failed" if isinstance(news, SequenceFailed) else "finished").inc()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Protocol
 
@@ -33,8 +32,6 @@ from common.worker.messages import (
     ToRank,
 )
 from common.worker.waker import Waker
-
-logger = logging.getLogger(__name__)
 
 PENDING_POLL_MS = 500  # how often deadlines of hand-overs are looked at when nothing else happens
 

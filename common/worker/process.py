@@ -6,7 +6,6 @@ A service's rank module is a `build` function and `if __name__ == "__main__": se
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import signal
 import sys
@@ -18,12 +17,13 @@ import zmq
 
 from common.engine.engine import Engine
 from common.errors.base import MeshError, Reason
+from common.obs.log import get_logger
 from common.worker.loop import Emit, Handover, NoHandover, RankLoop
 from common.worker.messages import FromRank, RankFailed, RankReady
 from common.worker.start import RankStart, configure
 from common.worker.waker import Waker
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 PR_SET_PDEATHSIG = 1
 LINGER_MS = 2000  # for last messages to a front that has stopped reading
@@ -69,19 +69,19 @@ def serve_rank(build: Build) -> None:
         try:
             run_rank(build, start, socket, waker)
         except Exception as error:
-            expected = isinstance(error, MeshError)
-            logger.log(logging.ERROR, "rank %d failed: %s", start.rank, error, exc_info=not expected)
-            reason, message = (error.reason, error.message) if isinstance(error, MeshError) else internal(error)
-            failure = RankFailed(start.rank, reason, message)
-            socket.send(msgspec.msgpack.encode(FromRank([failure])))
+            if not isinstance(error, MeshError):
+                error = internal(error)
+            socket.send(msgspec.msgpack.encode(FromRank([RankFailed(start.rank, error.reason, error.message)])))
             code = 1
         else:
             code = 0
     sys.exit(code)
 
 
-def internal(error: Exception) -> tuple[Reason, str]:
-    return Reason.INTERNAL, f"{type(error).__name__}: {error}"
+def internal(error: Exception) -> MeshError:
+    """What a bug looks like to the front; the log has its traceback."""
+    log.exception("the rank failed", exc_info=error)
+    return MeshError(Reason.INTERNAL, f"{type(error).__name__}: {error}")
 
 
 def run_rank(build: Build, start: RankStart, socket: zmq.Socket[bytes], waker: Waker) -> None:

@@ -82,3 +82,19 @@ def build_engine(
             register(pool.address, pool.nbytes)
     runner.attach_pool(pool)
     return Engine(runner, PageAllocator(num_pages), config)
+
+
+def ready_message(rank: int, engine: Engine, backend: str, descriptor: bytes) -> RankReady:
+    """What a rank tells its front once it can work. `backend` and `descriptor` are empty without a hand-over."""
+    runner = engine.runner
+    return RankReady(
+        rank=rank,
+        layout=runner.layout,
+        num_pages=engine.allocator.num_pages,
+        backend=backend,
+        descriptor=descriptor,
+        model_path=runner.model_path,
+        fingerprint=runner.fingerprint,
+        context_length=runner.context_length,
+        vocab_size=runner.vocab_size,
+    )

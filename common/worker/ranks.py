@@ -7,9 +7,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from typing import Any
 
 import msgspec
 import zmq
@@ -65,20 +64,11 @@ class RankProcess:
 
     ready: RankReady
 
-    def __init__(
-        self,
-        rank: int,
-        process: asyncio.subprocess.Process,
-        socket: zmq.asyncio.Socket,
-        on_batch: Callable[[FromRank], None],
-        on_exit: Callable[[MeshError], None],
-    ) -> None:
+    def __init__(self, rank: int, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket) -> None:
         self.rank = rank
         self._process = process
         self._socket = socket
-        self._on_batch = on_batch
-        self._on_exit = on_exit
-        self._started: asyncio.Future[FromRank] = asyncio.get_running_loop().create_future()
+        self._batches: asyncio.Queue[FromRank | None] = asyncio.Queue()  # None is the end
         self._outbox: list[ForRank] = []
         self._failure: MeshError | None = None
         self._stopping = False
@@ -88,20 +78,16 @@ class RankProcess:
     async def spawn(
         cls,
         module: str,
-        config: Any,
+        config: bytes,
         *,
-        on_batch: Callable[[FromRank], None],
-        on_exit: Callable[[MeshError], None],
         rank: int = 0,
         cpu_threads: int | None = None,
         sharing: int = 1,
     ) -> RankProcess:
-        """Start `python -m module` and wait until its model is loaded and its pool mapped.
+        """Start `python -m module` and wait until its model is loaded and its pool mapped; `ready` is set then.
 
-        Call it from the main thread: the rank dies with the thread that started it. `config` is a dataclass of
-        plain values, which reaches the rank through a pipe; the threads are `rank_environment`'s. `on_batch` gets
-        what the rank says, a step at a time, after this returned. `on_exit` is called once, after the last batch,
-        if the rank ends without being told to; the reason is its own, or WORKER_LOST.
+        Call it from the main thread: the rank dies with the thread that started it. `config`, as the module reads
+        it, reaches the rank through a pipe. For the threads see `rank_environment`.
 
         Raises:
             MeshError: The rank cannot start; the reason is its own, or WORKER_LOST if it died without one.
@@ -119,8 +105,8 @@ class RankProcess:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", module, stdin=asyncio.subprocess.PIPE, env=environment
             )
-            started = cls(rank, process, socket, on_batch, on_exit)
-            await started._begin(RankStart(address, os.getpid(), rank, msgspec.msgpack.encode(config)))
+            started = cls(rank, process, socket)
+            await started._begin(RankStart(address, os.getpid(), rank, config))
         except BaseException:
             if started is not None:
                 await started.kill()
@@ -140,14 +126,25 @@ class RankProcess:
     def send(self, message: ForRank) -> None:
         """Send a message; those of one turn of the event loop leave as one batch.
 
-        To a rank that has ended it does nothing: `on_exit` has told.
+        To a rank that has ended it does nothing: `batches` tells.
         """
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._flush)
         self._outbox.append(message)
 
+    async def batches(self) -> AsyncIterator[FromRank]:
+        """What the rank says, a step at a time, until it was stopped. For one consumer.
+
+        Raises:
+            MeshError: The rank ended without being told to; the reason is its own, or WORKER_LOST.
+        """
+        while (batch := await self._batches.get()) is not None:
+            yield batch
+        if not self._stopping:
+            raise self._loss()
+
     async def stop(self, timeout_s: float = 10.0) -> None:
-        """End the rank: `Stop`, after `timeout_s` SIGTERM, then SIGKILL. Idempotent."""
+        """End the rank: `Stop`, after `timeout_s` SIGTERM, then SIGKILL. Idempotent; `batches` ends as well."""
         self._stopping = True
         self.send(Stop())
         await asyncio.wait({self._reader}, timeout=timeout_s)
@@ -174,13 +171,13 @@ class RankProcess:
         with suppress(ConnectionError):  # it died: the reader tells how
             await pipe.drain()
         pipe.close()
-        first = await self._started
+        if (first := await self._batches.get()) is None:
+            raise self._loss()
         ready, *rest = first.messages
         if not isinstance(ready, RankReady):
             raise MeshError(Reason.INTERNAL, f"rank {self.rank} began with {type(ready).__name__}")
         self.ready = ready
-        # After our caller's next lines: it may have to note this object before it is called back.
-        asyncio.get_running_loop().call_soon(self._on_batch, FromRank(rest, first.load))
+        self._batches.put_nowait(FromRank(rest, first.load))
 
     def _flush(self) -> None:
         batch, self._outbox = self._outbox, []
@@ -188,37 +185,29 @@ class RankProcess:
             self._socket.send(msgspec.msgpack.encode(ToRank(batch)))
 
     async def _read(self) -> None:
-        """Hand on what the rank says until the process has exited and all that it sent is here."""
+        """Queue what the rank says until the process has exited and all that it sent is here."""
         decoder = msgspec.msgpack.Decoder(FromRank)
         exited = asyncio.ensure_future(self._process.wait())
         while True:
-            received: asyncio.Future[bytes] = self._socket.recv()
-            await asyncio.wait({received, exited}, return_when=asyncio.FIRST_COMPLETED)
+            received = asyncio.ensure_future(self._socket.recv())
+            await asyncio.wait((received, exited), return_when=asyncio.FIRST_COMPLETED)
             if not received.done():
-                await asyncio.wait({received}, timeout=DRAIN_S)
+                await asyncio.wait((received,), timeout=DRAIN_S)
             if not received.done():
                 received.cancel()
                 break
-            self._deliver(decoder.decode(received.result()))
-        self._tell_exit()
+            batch = decoder.decode(received.result())
+            match batch.messages:
+                case [RankFailed(_, reason, message)]:
+                    self._failure = MeshError(Reason(reason), message)
+                case _:
+                    self._batches.put_nowait(batch)
+        self._batches.put_nowait(None)
 
-    def _deliver(self, batch: FromRank) -> None:
-        match batch.messages:
-            case [RankFailed(_, reason, message)]:
-                self._failure = MeshError(Reason(reason), message)
-            case _ if not self._started.done():
-                self._started.set_result(batch)
-            case _:
-                self._on_batch(batch)
-
-    def _tell_exit(self) -> None:
+    def _loss(self) -> MeshError:
         code = self._process.returncode or 0
         how = f"was killed by signal {-code}" if code < 0 else f"exited with status {code}"
-        error = self._failure or MeshError(Reason.WORKER_LOST, f"rank {self.rank} (pid {self.pid}) {how}")
-        if not self._started.done():
-            self._started.set_exception(error)
-        elif not self._stopping:
-            self._on_exit(error)
+        return self._failure or MeshError(Reason.WORKER_LOST, f"rank {self.rank} (pid {self.pid}) {how}")
 
 
 def close_socket(socket: zmq.asyncio.Socket) -> None:

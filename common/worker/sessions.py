@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from typing import Generic, TypeVar
+
+from common.mesh.outbox import Outbox
 
 E = TypeVar("E")
 
 
 class Session(Generic[E]):
-    """One router's stream. Events queue here between steps and leave as one batch."""
+    """One router's stream: what leaves on it, and which of its sequences run."""
 
     def __init__(self) -> None:
-        self._events: list[E] = []
-        self._news = asyncio.Event()
-        self.closed = False
+        self.outbox: Outbox[E] = Outbox()
         self.sequences: dict[int, int] = {}  # the router's number -> the worker's
-
-    def push(self, event: E) -> None:
-        self._events.append(event)
-        self._news.set()
-
-    def close(self) -> None:
-        """End `batches` after what is queued."""
-        self.closed = True
-        self._news.set()
-
-    async def next_batch(self) -> list[E]:
-        """All that is queued, at least one event; empty once the session is closed."""
-        while not self._events and not self.closed:
-            self._news.clear()
-            await self._news.wait()
-        batch, self._events = self._events, []
-        return batch
 
 
 class Sessions(Generic[E]):
@@ -56,7 +38,7 @@ class Sessions(Generic[E]):
     def close_all(self) -> None:
         """End every stream; their handlers then leave."""
         for session in list(self._open):
-            session.close()
+            session.outbox.close()
 
     def add(self, session: Session[E], number: int) -> int:
         """Register the router's sequence `number`; returns the worker's own, unique id."""
@@ -76,7 +58,7 @@ class Sessions(Generic[E]):
 
     def drop(self, session: Session[E]) -> list[int]:
         """Forget a broken session; returns the ids of the sequences that it leaves behind."""
-        session.close()
+        session.outbox.close()
         self._open.discard(session)
         left = list(session.sequences.values())
         for sequence_id in left:

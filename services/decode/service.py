@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
 
 from common.rpc.server import Service
 from common.worker import convert, sessions
@@ -24,8 +27,9 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
     async def Session(
         self,
         requests: AsyncIterator[pb.DecodeServiceSessionRequest],
-        context: object,
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[pb.DecodeServiceSessionResponse]:
+        await context.send_initial_metadata(())  # or the router would not know that the stream is up
         async for events in self._front.serve_session(requests, self._apply):
             yield pb.DecodeServiceSessionResponse(events=events)
 
@@ -60,4 +64,4 @@ def make_service(front: DecodeFront) -> Service:
 
 
 DECODE = Role("decode", types_pb2.WORKER_ROLE_DECODE, "services.decode.rank", make_service, to_event)
-UNIFIED = Role("unified", types_pb2.WORKER_ROLE_UNIFIED, "services.decode.rank", make_service, to_event)
+UNIFIED = Role("unified", types_pb2.WORKER_ROLE_UNIFIED, "services.decode.unified_rank", make_service, to_event)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
 
 from common.rpc.server import Service
 from common.worker import convert, sessions
@@ -24,8 +27,9 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
     async def Session(
         self,
         requests: AsyncIterator[pb.PrefillServiceSessionRequest],
-        context: object,
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[pb.PrefillServiceSessionResponse]:
+        await context.send_initial_metadata(())  # or the router would not know that the stream is up
         async for events in self._front.serve_session(requests, self._apply):
             yield pb.PrefillServiceSessionResponse(events=events)
 

@@ -52,11 +52,13 @@ class Sampling:
 class Draft:
     """What a client asked for, not checked yet.
 
+    `api` names the front it came through, in metrics and logs.
     `names` maps our parameters' names to those of the client's API, for error messages. An unset
     `max_new_tokens` becomes `default_max_new_tokens`, or less where the context ends; None: up to its end.
     """
 
     request_id: str
+    api: str
     model: str
     prompts: Sequence[str | Sequence[int]]
     sampling: Sampling
@@ -86,6 +88,7 @@ class GenerationRequest:
     """
 
     request_id: str
+    api: str
     model: ServedModel
     prompts: list[list[int]]
     sampling: Sampling
@@ -137,7 +140,7 @@ class Delta:
     text: str
     token_offset: int
     logprobs: list[types_pb2.TokenLogprobs]
-    finish: types_pb2.FinishReason = types_pb2.FINISH_REASON_UNSPECIFIED
+    finish: types_pb2.FinishReason.ValueType = types_pb2.FINISH_REASON_UNSPECIFIED
     stop_reason: str | None = None
     usage: Usage | None = None
 

@@ -50,7 +50,7 @@ def validate(
         shortest = min(model.context_length - max(map(len, prompts)), sampling.max_new_tokens or model.context_length)
         if sampling.min_new_tokens > shortest:
             raise refusal("min_new_tokens", f"must be at most {shortest}, the most that can be generated", names)
-    return GenerationRequest(draft.request_id, model, prompts, sampling, tokenizer, deadline)
+    return GenerationRequest(draft.request_id, draft.api, model, prompts, sampling, tokenizer, deadline)
 
 
 def check_sampling(sampling: Sampling, model: ServedModel, names: Mapping[str, str]) -> Sampling:
@@ -94,7 +94,7 @@ def check_prompt(prompt: Sequence[int], model: ServedModel, names: Mapping[str, 
 
 
 def check_ids(parameter: str, ids: Sequence[int], model: ServedModel, names: Mapping[str, str]) -> None:
-    if ids and not (0 <= min(ids) and max(ids) < model.vocab_size):
+    if ids and not (min(ids) >= 0 and max(ids) < model.vocab_size):
         wrong = next(i for i in ids if not 0 <= i < model.vocab_size)
         name = names.get(parameter, parameter)
         message = f"{name} holds token id {wrong}, outside the vocabulary of {model.vocab_size}"

@@ -98,7 +98,7 @@ class WorkerLink(ABC, Generic[Command, Event]):
         self._sinks.pop(sequence_id, None)
 
     async def close(self) -> None:
-        """Send what is queued, end the stream, fail what is still on it. Idempotent."""
+        """End the stream: the worker aborts what is still on it, and so do we. Idempotent."""
         self._outbox.close()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)

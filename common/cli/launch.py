@@ -1,0 +1,199 @@
+"""What `pdmesh up` starts, with which settings, in which order."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from common.cli.default_model import default_model_path
+from common.cli.supervisor import Child, Supervisor
+from common.config.bootstrap import DEFAULT_BOOTSTRAP_PORT
+from common.config.flags import bad, flag, resolve, to_flags
+from common.rpc.announce import Listening
+from common.rpc.channel import connect
+from common.worker.config import WorkerConfig
+from pdmesh.v1 import router_service_pb2 as pb
+from pdmesh.v1 import router_service_pb2_grpc as pb_grpc
+from services.bootstrap.config import BootstrapProcessConfig
+from services.router.config import RouterProcessConfig
+
+T = TypeVar("T")
+SERVICES = (RouterProcessConfig, WorkerConfig, BootstrapProcessConfig)
+WORKER_ROLES = ("prefill", "decode", "unified")
+MEMORY_SHARE = 0.8
+RETRY_S = 0.1
+# Most seconds that a stage gets to stop in, beyond the drain for the first of them; then it is killed.
+ROUTER_STOP_S, WORKERS_STOP_S, BOOTSTRAP_STOP_S = 1.0, 2.0, 2.0
+
+
+@dataclass(frozen=True)
+class UpConfig:
+    """Settings of `pdmesh up` itself, and those whose defaults differ where several workers share a machine."""
+
+    prefill: int | None = flag(None, "Prefill workers (default: 1, or 0 with --unified).")
+    decode: int | None = flag(None, "Decode workers (default: 1, or 0 with --unified).")
+    unified: int = flag(0, "Unified workers.")
+    status_file: str | None = flag(None, "JSON file that lists the processes once all are ready.", metavar="PATH")
+    disaggregation_bootstrap_port: int = flag(
+        DEFAULT_BOOTSTRAP_PORT, "Port of bootstrap; 0 picks a free one.", aliases=("--bootstrap-port",)
+    )
+    model_path: str = flag(
+        "", "Checkpoint folder, or a Hugging Face hub name (default: the model in the box).", aliases=("--model",)
+    )
+    cpu_threads: int | None = flag(None, "Threads of one rank's kernels on CPU (default: its share of the cores).")
+    base_gpu_id: int | None = flag(None, "GPU of every worker (default: the workers take turns).")
+    mem_fraction_static: float | None = flag(
+        None, f"Share of memory for weights and KV pool (default: {MEMORY_SHARE} among those that share a device)."
+    )
+    drain_timeout: float = flag(4.0, "Seconds that running requests get to finish after Ctrl-C.")
+
+    def __post_init__(self) -> None:
+        counts = self.counts
+        if min(counts.values()) < 0:
+            raise bad("--prefill, --decode, --unified: must not be negative")
+        if bool(counts["prefill"]) != bool(counts["decode"]):
+            raise bad("--prefill, --decode: one is of no use without the other")
+        if not any(counts.values()):
+            raise bad("--prefill, --decode, --unified: no worker at all")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Workers by role."""
+        default = 0 if self.unified else 1
+        prefill = default if self.prefill is None else self.prefill
+        decode = default if self.decode is None else self.decode
+        return dict(zip(WORKER_ROLES, (prefill, decode, self.unified), strict=True))
+
+
+def count_gpus() -> int:
+    return sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*"))
+
+
+def either(given: T | None, default: T) -> T:
+    return default if given is None else given
+
+
+class Launch:
+    """One mesh on this machine."""
+
+    def __init__(self, config: UpConfig, parsed: argparse.Namespace) -> None:
+        self.config = config
+        self.parsed = parsed
+        self.supervisor = Supervisor()
+        self.roles: dict[Child, str] = {}
+        self.model_path = config.model_path or str(default_model_path())
+        self.names = [f"{role}-{i}" for role, count in config.counts.items() for i in range(count)]
+        for index, name in enumerate(self.names):  # settings that cannot work are refused before anything starts
+            self.worker_flags(index, name, "")
+
+    # ------------------------------------------------------------------------------------ settings
+
+    def flags(self, service: type, **own: Any) -> list[str]:
+        """The flags of one process: what the user gave, and what `up` decides for it."""
+        given = argparse.Namespace(**{**vars(self.parsed), "drain_timeout": self.config.drain_timeout, **own})
+        return to_flags(resolve(service, given, file_of=(UpConfig, *SERVICES)))
+
+    def worker_flags(self, index: int, name: str, bootstrap: str) -> list[str]:
+        config, gpus = self.config, count_gpus()
+        sharing = -(-len(self.names) // gpus) if gpus else len(self.names)
+        threads = max(1, len(os.sched_getaffinity(0)) // len(self.names))
+        return self.flags(
+            WorkerConfig,
+            model_path=self.model_path,
+            worker_id=name,
+            bootstrap=bootstrap,
+            host="127.0.0.1",
+            port=0,
+            metrics_port=0,
+            cpu_threads=either(config.cpu_threads, threads),
+            base_gpu_id=either(config.base_gpu_id, index % max(1, gpus)),
+            mem_fraction_static=either(config.mem_fraction_static, round(MEMORY_SHARE / sharing, 3)),
+        )
+
+    # ------------------------------------------------------------------------------------ life
+
+    async def start(self) -> str:
+        """Bring everything up; returns the served model's name. Waits for ever if a child ends on the way."""
+        port = self.config.disaggregation_bootstrap_port
+        own = {"host": "127.0.0.1", "port": port, "metrics_port": 0}
+        bootstrap = await self.service("bootstrap", "bootstrap", self.flags(BootstrapProcessConfig, **own))
+        address = str((await self.supervisor.listening(bootstrap)).grpc)
+        children = [
+            await self.service(name, name.partition("-")[0], self.worker_flags(index, name, address))
+            for index, name in enumerate(self.names)
+        ]
+        children.append(await self.service("router", "router", self.flags(RouterProcessConfig, bootstrap=address)))
+        addresses = await asyncio.gather(*map(self.supervisor.listening, children))
+        await asyncio.gather(*(wait_serving(str(listening.grpc)) for listening in addresses))
+        return await wait_for_model(str(self.listening("router").grpc))
+
+    async def service(self, name: str, role: str, flags: list[str]) -> Child:
+        # -P: a folder called `common` where the user happens to be is none of ours
+        command = [sys.executable, "-P", "-m", "common.cli.main", role, *flags]
+        child = await self.supervisor.start(name, command, os.environ)
+        self.roles[child] = role
+        return child
+
+    async def stop(self) -> None:
+        """Stop all that runs: the router, then the workers, then bootstrap."""
+        await self.supervisor.stop(
+            [
+                (self.of("router"), self.config.drain_timeout + ROUTER_STOP_S),
+                (self.of(*WORKER_ROLES), WORKERS_STOP_S),
+                (self.of("bootstrap"), BOOTSTRAP_STOP_S),
+            ]
+        )
+
+    # ------------------------------------------------------------------------------------ view
+
+    def of(self, *roles: str) -> list[Child]:
+        return [child for child, role in self.roles.items() if role in roles]
+
+    def listening(self, role: str) -> Listening:
+        """Where the one process of a role listens; it has announced itself."""
+        (child,) = self.of(role)
+        assert child.listening is not None
+        return child.listening
+
+    def status(self) -> list[dict[str, Any]]:
+        """The processes as the status file lists them."""
+        return [{"name": child.name, **asdict(child.listening)} for child in self.roles if child.listening]
+
+    def describe_workers(self) -> str:
+        counts = [f"{count} {role}" for role, count in self.config.counts.items() if count]
+        return f"{' and '.join(counts)} worker{'s' if len(self.names) > 1 else ''}"
+
+
+async def wait_serving(address: str) -> None:
+    """Until the standard health service at `address` says SERVING."""
+    async with connect(address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+        while True:
+            try:
+                async for answer in health.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True):
+                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                        return
+            except grpc.aio.AioRpcError:  # not up yet, or on its way down: then `failure` tells
+                await asyncio.sleep(RETRY_S)
+
+
+async def wait_for_model(address: str) -> str:
+    """Until the router at `address` has workers to send a request to; the name of the model they serve."""
+    async with connect(address) as channel:
+        router: pb_grpc.RouterServiceAsyncStub = pb_grpc.RouterServiceStub(channel)
+        while True:
+            try:
+                models = (await router.ListModels(pb.ListModelsRequest(), timeout=5.0)).models
+            except grpc.aio.AioRpcError:
+                models = None
+            if models:
+                return models[0].name
+            await asyncio.sleep(RETRY_S)

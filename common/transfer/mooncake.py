@@ -1,0 +1,214 @@
+"""Transfer by Mooncake's TransferEngine: RDMA where there is a device, TCP elsewhere.
+
+Every endpoint has one engine that is written to, and one more for each peer that it writes to: Mooncake cannot
+cancel. A batch that it gave up (-1) goes on in its queues and lands later, but destroying the engine drops
+them. So `disconnect` waits for the call under way, at most MC_TRANSFER_TIMEOUT (10 s here) when the peer does
+not answer, and destroys that peer's engine. What the kernel of a stopped peer has already received by then, a
+few pages, still lands in the moment the peer runs again. With RDMA, each engine registers the pool anew.
+
+Over TCP Mooncake listens on all interfaces, unauthenticated, and has no setting that says otherwise
+(MC_TCP_BIND_ADDRESS chooses the announced address only, and not in the peer-to-peer handshake used here).
+Where `host` is a loopback address, the listeners are therefore bound to the loopback device after they are
+opened; elsewhere, keep its ports (MC_MIN_PRC_PORT to MC_MAX_PRC_PORT) inside a trusted network.
+
+These variables have defaults of ours unless the user set them: MC_LOG_LEVEL, MC_TRANSFER_TIMEOUT,
+MC_TCP_PROGRESS_TIMEOUT_SEC (both in seconds), and MC_FORCE_TCP, which is set where there is no RDMA device.
+Each engine says `Local segment descriptor not found` on stderr when it starts; that is how it looks for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import logging
+import os
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from common.transfer.base import Capabilities, TransferBackend, TransferConfig, TransferError, Wake
+from common.transfer.channel import Link, is_loopback
+from common.transfer.dispatcher import GiveUp, Writer
+from common.transfer.endpoint import Descriptor, Endpoint, Pool
+from common.transfer.runs import Pieces, batches
+
+# Put there by deploy/system_libraries.py; each after what it needs itself.
+_LIBRARIES = ("libnl-3.so.200", "libnl-route-3.so.200", "libibverbs.so.1")
+_ENVIRONMENT = {
+    "MC_LOG_LEVEL": "ERROR",
+    "GLOG_minloglevel": "2",
+    "MC_TRANSFER_TIMEOUT": "10",
+    "MC_TCP_PROGRESS_TIMEOUT_SEC": "5",
+}
+_RDMA_DEVICES = Path("/sys/class/infiniband")
+_BATCH_PIECES = 1024  # Mooncake refuses more than 1,024 queued and 1,024 waiting pieces a peer
+_BATCH_BYTES = 32 << 20
+_ACCEPT_POLL = struct.pack("ll", 0, 100_000)  # a timeval: 0.1 s
+_log = logging.getLogger(__name__)
+_starting = threading.Lock()
+
+
+def load() -> Any:
+    """Mooncake's `TransferEngine` class. Raises `TransferError`."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    _preload()
+    try:
+        return importlib.import_module("mooncake.engine").TransferEngine
+    except ModuleNotFoundError:
+        raise TransferError("Mooncake is not installed; install pdmesh[mooncake], or [mooncake-cuda]") from None
+    except ImportError as error:
+        if "libibverbs" in str(error):
+            raise TransferError(
+                "Mooncake needs libibverbs.so.1; install libibverbs1 (Debian, Ubuntu) or rdma-core, "
+                "or run deploy/system_libraries.py with this Python"
+            ) from None
+        raise TransferError(f"Mooncake does not load: {error}") from None
+
+
+def create(config: TransferConfig, wake: Wake) -> TransferBackend:
+    """An endpoint. Raises `TransferError` if Mooncake does not load or `config.ib_device` is not there."""
+    return MooncakeEndpoint(config, wake, load())
+
+
+def _preload() -> None:
+    """Load the libraries that lie beside the environment, where the system has none of its own."""
+    for name in _LIBRARIES:
+        for candidate in (name, f"{sys.prefix}/lib/pdmesh/{name}"):
+            with contextlib.suppress(OSError):  # importing Mooncake tells what is missing in the end
+                ctypes.CDLL(candidate, mode=ctypes.RTLD_GLOBAL)
+                break
+
+
+class MooncakeEndpoint(Endpoint):
+    """Endpoint of the mooncake backend."""
+
+    name = "mooncake"
+    capabilities = Capabilities(same_host_only=False, native_notify=True)
+
+    def __init__(self, config: TransferConfig, wake: Wake, engine_class: Any) -> None:
+        super().__init__(config, wake)
+        self._class = engine_class
+        self._protocol = _protocol(config.ib_device)
+        self._target: _Engine | None = None
+        self._pool_address = 0
+
+    def _start_engine(self, pool: Pool) -> None:
+        self._target = _Engine(self._class, self.config, self._protocol, pool)
+        self._pool_address = pool.address
+
+    def _engine_info(self) -> bytes:
+        assert self._target is not None
+        return msgspec.msgpack.encode((self._target.session, self._pool_address))
+
+    def _open_writer(self, pool: Pool, peer: Descriptor, link: Link) -> Writer:
+        session, address = msgspec.msgpack.decode(peer.engine, type=tuple[str, int])
+        engine = _Engine(self._class, self.config, self._protocol, pool)
+        return _MooncakeWriter(engine, pool.address, session, address)
+
+    def _stop_engine(self) -> None:
+        if self._target is not None:
+            self._target.close()
+            self._target = None
+
+
+class _Engine:
+    """A running TransferEngine with the pool registered."""
+
+    def __init__(self, engine_class: Any, config: TransferConfig, protocol: str, pool: Pool) -> None:
+        host = config.host
+        with _starting:  # the listeners of two engines must not be mixed up
+            before = {inode for _, inode in _listeners()}
+            self.raw: Any = engine_class()
+            code = self.raw.initialize(host, "P2PHANDSHAKE", protocol, config.ib_device or "")
+            if code != 0:
+                raise TransferError(f"Mooncake does not start on {host} by {protocol} (code {code})")
+            for listener, inode in _listeners():
+                if inode not in before:
+                    _confine(listener, loopback=is_loopback(host))
+        self.session = f"{f'[{host}]' if ':' in host else host}:{self.raw.get_rpc_port()}"
+        if (code := self.raw.register_memory(pool.address, pool.nbytes)) != 0:
+            raise TransferError(f"Mooncake does not register a pool of {pool.nbytes} bytes (code {code})")
+
+    def close(self) -> None:
+        """Destroy the engine, and with it everything in its queues."""
+        self.raw = None
+
+
+class _MooncakeWriter:
+    """Blocking batch writes into one peer's pool."""
+
+    def __init__(self, engine: _Engine, source: int, session: str, target: int) -> None:
+        self._engine = engine
+        self._source = source
+        self._session = session
+        self._target = target
+
+    def write(self, pieces: Pieces, give_up: GiveUp) -> None:
+        for batch in batches(pieces, _BATCH_PIECES, _BATCH_BYTES):
+            if give_up():
+                raise TransferError("given up")
+            sources = (batch[:, 0] + self._source).tolist()
+            targets = (batch[:, 1] + self._target).tolist()
+            code = self._engine.raw.batch_transfer_sync_write(self._session, sources, targets, batch[:, 2].tolist())
+            if code != 0:
+                raise TransferError(f"Mooncake gave up {len(batch)} pieces to {self._session} (code {code})")
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def _protocol(ib_device: str | None) -> str:
+    """ "rdma" or "tcp". Raises `TransferError` for a device that this host does not have."""
+    devices = sorted(path.name for path in _RDMA_DEVICES.iterdir()) if _RDMA_DEVICES.is_dir() else []
+    missing = set(filter(None, (ib_device or "").split(","))) - set(devices)
+    if missing:
+        there = ", ".join(devices) or "none"
+        raise TransferError(f"there is no RDMA device {', '.join(sorted(missing))} on this host; there is {there}")
+    if ib_device or (devices and "MC_FORCE_TCP" not in os.environ):
+        return "rdma"
+    os.environ["MC_FORCE_TCP"] = "1"
+    return "tcp"
+
+
+def _listeners() -> Iterator[tuple[socket.socket, int]]:
+    """Sockets of this process that listen on all interfaces, each with its inode; closed by the iteration."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            copy = os.dup(int(name))
+        except OSError:  # it was the directory itself
+            continue
+        try:
+            found = socket.socket(fileno=copy)
+        except OSError:  # not a socket
+            os.close(copy)
+            continue
+        with found:
+            if found.family not in (socket.AF_INET, socket.AF_INET6):
+                continue
+            listening = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if listening and found.getsockname()[0] in ("0.0.0.0", "::"):
+                yield found, os.fstat(found.fileno()).st_ino
+
+
+def _confine(listener: socket.socket, *, loopback: bool) -> None:
+    """Bind a listener of Mooncake's to the loopback device if `loopback`, and let it end fast.
+
+    The engine's destructor waits for its accept, by default 1 s, with the GIL held.
+    """
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _ACCEPT_POLL)
+    if not loopback:
+        return
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
+    except PermissionError:  # kernels before 5.7 ask for CAP_NET_RAW
+        _log.warning(
+            "Mooncake listens on all interfaces, port %d: not allowed to confine it", listener.getsockname()[1]
+        )

@@ -1,0 +1,191 @@
+"""Transfer by NIXL over UCX: RDMA where UCX finds it, else its same-host copies or TCP.
+
+An agent moves data only inside calls. NIXL's own progress thread spins on a whole core, so agents run without
+it: a writer polls its own transfer, and tells the peer over the control channel when one begins and ends, so
+that the peer polls every 0.5 ms in between and hardly at all otherwise. (Even same-host copies need the peer
+to poll: for the first connection, and for the flush at the end.)
+
+Every endpoint has one agent that is written to, and one more for each peer that it writes to, used by that
+peer's thread alone: agents are not thread-safe, and NIXL cannot cancel. A transfer that was released in progress
+still lands, but destroying its agent drops it. So `disconnect` ends at the next poll and destroys that peer's
+agent. What the kernel of a stopped peer has already received by then, up to its socket buffers' size, still
+lands when the peer polls again. With RDMA, each agent registers the pool anew.
+
+The pool is host memory. UCX_NET_DEVICES is set to `lo` where `host` is a loopback address, and the log levels
+are lowered, unless the user set them; UCX_TLS is the user's. The agent's name is its endpoint's incarnation, so
+a restarted peer is never taken for its predecessor. UCX keeps one thread of its own while agents exist.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from common.transfer.base import Capabilities, TransferBackend, TransferConfig, TransferError, Wake
+from common.transfer.channel import Kind, Link, is_loopback
+from common.transfer.dispatcher import GiveUp, Writer
+from common.transfer.endpoint import Descriptor, Endpoint, Pool
+from common.transfer.runs import Pieces, batches
+
+_ENVIRONMENT = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "FATAL"}
+_BATCH_PIECES = 4096
+_BATCH_BYTES = 64 << 20
+_WRITER_POLL_S = 0.0001
+_TARGET_POLL_S = 0.0005
+_IDLE_POLL_S = 0.5
+
+
+def load() -> Any:
+    """NIXL's Python API, a module. Raises `TransferError`."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        return importlib.import_module("nixl._api")
+    except ModuleNotFoundError as error:
+        raise TransferError(f"NIXL is not installed ({error}); install pdmesh[nixl]") from None
+    except ImportError as error:
+        raise TransferError(f"NIXL does not load: {error}") from None
+
+
+def create(config: TransferConfig, wake: Wake) -> TransferBackend:
+    """An endpoint. Raises `TransferError` if NIXL does not load."""
+    api = load()
+    if is_loopback(config.host):
+        os.environ.setdefault("UCX_NET_DEVICES", "lo")
+    return NixlEndpoint(config, wake, api)
+
+
+class NixlEndpoint(Endpoint):
+    """Endpoint of the nixl backend."""
+
+    name = "nixl"
+    capabilities = Capabilities(same_host_only=False, native_notify=True)
+
+    def __init__(self, config: TransferConfig, wake: Wake, api: Any) -> None:
+        super().__init__(config, wake)
+        self._api = api
+        self._agent: _Agent | None = None
+        self._pool_address = 0
+        self._writers: set[Link] = set()
+        self._busy = threading.Event()
+        self._stopping = False
+        self._poller: threading.Thread | None = None
+
+    def _start_engine(self, pool: Pool) -> None:
+        self._agent = _Agent(self._api, self.incarnation.hex(), pool)
+        self._pool_address = pool.address
+        self._poller = threading.Thread(target=self._progress, args=(self._agent,), name="transfer-poll", daemon=True)
+        self._poller.start()
+
+    def _engine_info(self) -> bytes:
+        assert self._agent is not None
+        return msgspec.msgpack.encode((self._agent.metadata, self._pool_address))
+
+    def _open_writer(self, pool: Pool, peer: Descriptor, link: Link) -> Writer:
+        assert self._channel is not None
+        channel = self._channel
+        metadata, address = msgspec.msgpack.decode(peer.engine, type=tuple[bytes, int])
+        agent = _Agent(self._api, uuid.uuid4().hex, pool)
+        return _NixlWriter(agent, pool.address, metadata, address, lambda kind: channel.send(link, kind))
+
+    def _on_remote_write(self, link: Link, active: bool) -> None:
+        if active:
+            self._writers.add(link)
+            self._busy.set()
+        else:
+            self._writers.discard(link)
+            if not self._writers:
+                self._busy.clear()
+
+    def _progress(self, agent: _Agent) -> None:
+        while not self._stopping:
+            agent.raw.get_new_notifs()
+            if self._busy.is_set():
+                time.sleep(_TARGET_POLL_S)
+            else:
+                self._busy.wait(_IDLE_POLL_S)
+
+    def _stop_engine(self) -> None:
+        if self._poller is not None:
+            self._stopping = True
+            self._busy.set()
+            self._poller.join()
+            self._poller = None
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None
+
+
+class _Agent:
+    """A NIXL agent with the pool registered."""
+
+    def __init__(self, api: Any, name: str, pool: Pool) -> None:
+        self.raw: Any = api.nixl_agent(name, api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
+        if "UCX" not in self.raw.backends:
+            raise TransferError("this NIXL has no UCX plugin")
+        self._registration: Any = self.raw.register_memory([(pool.address, pool.nbytes, 0, "")], "DRAM")
+
+    @property
+    def metadata(self) -> bytes:
+        return bytes(self.raw.get_agent_metadata())
+
+    def close(self) -> None:
+        """Destroy the agent, and with it everything in its queues."""
+        self.raw.deregister_memory(self._registration)
+        self._registration = self.raw = None
+
+
+class _NixlWriter:
+    """Polled writes into one peer's pool."""
+
+    def __init__(self, agent: _Agent, source: int, metadata: bytes, target: int, tell: Callable[[Kind], None]) -> None:
+        self._agent = agent
+        self._source = source
+        self._target = target
+        self._tell = tell
+        self._peer: str = agent.raw.add_remote_agent(metadata)
+
+    def write(self, pieces: Pieces, give_up: GiveUp) -> None:
+        self._tell(Kind.WRITE_BEGINS)
+        try:
+            for batch in batches(pieces, _BATCH_PIECES, _BATCH_BYTES):
+                self._write_batch(batch, give_up)
+        finally:
+            self._tell(Kind.WRITE_ENDS)
+
+    def _write_batch(self, batch: Pieces, give_up: GiveUp) -> None:
+        agent = self._agent.raw
+        sources = agent.get_xfer_descs(_descriptors(batch[:, 0] + self._source, batch), "DRAM")
+        targets = agent.get_xfer_descs(_descriptors(batch[:, 1] + self._target, batch), "DRAM")
+        transfer = agent.initialize_xfer("WRITE", sources, targets, self._peer)
+        try:
+            state = agent.transfer(transfer)
+            while state == "PROC":
+                if give_up():
+                    raise TransferError("given up")
+                time.sleep(_WRITER_POLL_S)
+                state = agent.check_xfer_state(transfer)
+        finally:
+            agent.release_xfer_handle(transfer)
+        if state != "DONE":
+            raise TransferError(f"NIXL ended a write of {len(batch)} pieces as {state}")
+
+    def close(self) -> None:
+        self._agent.raw.remove_remote_agent(self._peer)
+        self._agent.close()
+
+
+def _descriptors(addresses: NDArray[np.int64], batch: Pieces) -> NDArray[np.uint64]:
+    """`[n, 3]`: address, length, device."""
+    table = np.zeros((len(batch), 3), dtype=np.uint64)
+    table[:, 0], table[:, 1] = addresses, batch[:, 2]
+    return table

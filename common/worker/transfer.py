@@ -1,0 +1,41 @@
+"""An engine whose pool belongs to a transfer backend: what the ranks of a hand-over begin with."""
+
+from __future__ import annotations
+
+import msgspec
+
+from common.engine.engine import Engine
+from common.errors.base import MeshError, Reason
+from common.obs import log
+from common.transfer.base import TransferBackend, TransferConfig, TransferError
+from common.transfer.registry import create
+from common.worker.config import WorkerConfig
+from common.worker.messages import RankReady
+from common.worker.rank import build_engine, ready_message
+from common.worker.start import RankStart
+from common.worker.waker import Waker
+
+
+def read_config(start: RankStart, service: str) -> WorkerConfig:
+    """The worker's settings, as its front sent them; sets up this process's log."""
+    config = msgspec.msgpack.decode(start.config, type=WorkerConfig)
+    log.set_up(config.log, service, rank=start.rank)
+    return config
+
+
+def build_with_transfer(
+    start: RankStart, config: WorkerConfig, waker: Waker
+) -> tuple[Engine, TransferBackend, RankReady]:
+    """Start the backend, load the model, map the pool in the backend's memory.
+
+    Raises:
+        MeshError: BAD_CONFIG when the backend cannot be loaded here; else as `build_engine`.
+    """
+    settings = config.handover
+    name = settings.disaggregation_transfer_backend
+    try:
+        backend = create(name, TransferConfig(config.host, settings.disaggregation_ib_device), waker.wake)
+    except TransferError as error:
+        raise MeshError(Reason.BAD_CONFIG, f"--disaggregation-transfer-backend {name}: {error}") from None
+    engine = build_engine(config.engine, backend.allocate, backend.register)
+    return engine, backend, ready_message(start.rank, engine, name, backend.export())

@@ -1,0 +1,44 @@
+"""Which prefill and decode workers fit each other."""
+
+from __future__ import annotations
+
+from common.errors.base import MeshError, Reason
+from pdmesh.v1 import types_pb2 as types
+
+
+def check_pair(prefill: types.Worker, decode: types.Worker) -> None:
+    """Raises `MeshError` when a room of the two could not work.
+
+    INVALID_PARAMETER for a wrong role, NO_WORKER for one that takes no work, LAYOUT_MISMATCH when they differ in
+    model or shape of pages; the message names the field.
+    """
+    for worker, role in ((prefill, types.WORKER_ROLE_PREFILL), (decode, types.WORKER_ROLE_DECODE)):
+        if worker.role != role:
+            message = (
+                f"worker {worker.worker_id} is {types.WorkerRole.Name(worker.role)}, not {types.WorkerRole.Name(role)}"
+            )
+            raise MeshError(Reason.INVALID_PARAMETER, message)
+        if worker.state != types.WORKER_STATE_READY:
+            message = f"worker {worker.worker_id} is {types.WorkerState.Name(worker.state)}"
+            raise MeshError(Reason.NO_WORKER, message)
+    if difference := first_difference(prefill, decode):
+        field, here, there = difference
+        message = (
+            f"prefill worker {prefill.worker_id} and decode worker {decode.worker_id} differ in {field}: "
+            f"{here!r} and {there!r}"
+        )
+        raise MeshError(Reason.LAYOUT_MISMATCH, message, parameter=field)
+
+
+def first_difference(prefill: types.Worker, decode: types.Worker) -> tuple[str, object, object] | None:
+    """The first field in which the two differ though they must not, with its values."""
+    if prefill.model.fingerprint != decode.model.fingerprint:
+        return "model.fingerprint", prefill.model.fingerprint, decode.model.fingerprint
+    for field in types.KvLayout.DESCRIPTOR.fields:
+        here, there = getattr(prefill.kv_layout, field.name), getattr(decode.kv_layout, field.name)
+        if here != there:
+            return f"kv_layout.{field.name}", here, there
+    backends = [sorted({endpoint.backend for endpoint in worker.endpoints}) for worker in (prefill, decode)]
+    if all(backends) and backends[0] != backends[1]:
+        return "endpoints.backend", *backends
+    return None

@@ -1,0 +1,194 @@
+"""The workers: registration, heartbeats, and what becomes of one that is silent or gone."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable
+
+from common.errors.base import MeshError, Reason
+from common.mesh.outbox import Outbox
+from common.obs.log import get_logger
+from pdmesh.v1 import bootstrap_service_pb2 as pb
+from pdmesh.v1 import types_pb2 as types
+from services.bootstrap import metrics
+from services.bootstrap.timers import Timers
+
+log = get_logger(__name__)
+
+# A heartbeat may be late by this much without harm.
+SLACK_S = 0.5
+# How long a worker that is offline is still shown.
+FORGET_S = 300.0
+
+
+class Member:
+    """One life of a worker: from a registration to the end of its session."""
+
+    def __init__(self, record: types.Worker, outbox: Outbox[pb.ControlEvent], now: float) -> None:
+        self.record = record
+        self.outbox = outbox
+        self.seen_at = now
+        self.draining = False
+
+    @property
+    def worker_id(self) -> str:
+        return self.record.worker_id
+
+    @property
+    def online(self) -> bool:
+        return self.record.state != types.WORKER_STATE_OFFLINE
+
+    def send(self, event: pb.ControlEvent) -> None:
+        self.outbox.put(event)
+
+
+class Workers:
+    """All workers by id. `on_changed` gets a record that changed (`stored` when the store should know as well),
+    `on_gone` an id that is forgotten, `on_lost` an id whose life ended, with a sentence."""
+
+    def __init__(
+        self,
+        now: Callable[[], float],
+        timers: Timers[tuple[str, str]],
+        *,
+        epoch: int,
+        heartbeat_interval_s: float,
+        heartbeat_max_failure: int,
+        on_changed: Callable[[types.Worker, bool], None],
+        on_gone: Callable[[str], None],
+        on_lost: Callable[[str, str], None],
+    ) -> None:
+        self._now = now
+        self._timers = timers
+        self._epoch = epoch
+        self._interval_s = heartbeat_interval_s
+        self._max_failure = heartbeat_max_failure
+        self._on_changed, self._on_gone, self._on_lost = on_changed, on_gone, on_lost
+        self._members: dict[str, Member] = {}
+        self._epochs: dict[str, int] = {}
+
+    def remember(self, records: Iterable[types.Worker]) -> None:
+        """Take over what an earlier bootstrap knew: the epochs, so that they go on growing."""
+        for record in records:
+            self._epochs[record.worker_id] = record.epoch
+
+    def get(self, worker_id: str) -> Member | None:
+        return self._members.get(worker_id)
+
+    def records(self) -> list[types.Worker]:
+        """All records, by id."""
+        return [self._members[worker_id].record for worker_id in sorted(self._members)]
+
+    def register(self, worker: types.Worker, outbox: Outbox[pb.ControlEvent]) -> Member:
+        """Begin a worker's life. An earlier one under the same id ends, and its rooms fail.
+
+        Raises `MeshError` (INVALID_PARAMETER) for a record that lacks what others need.
+        """
+        check(worker)
+        record = types.Worker()
+        record.CopyFrom(worker)
+        role = types.WorkerRole.Name(record.role).removeprefix("WORKER_ROLE_").lower()
+        record.worker_id = record.worker_id or f"{role}-{secrets.token_hex(4)}"
+        if earlier := self._members.get(record.worker_id):
+            self.lost(earlier, "it registered anew")
+        # above every epoch that it had, also under a bootstrap that has forgotten them
+        record.epoch = max(self._epochs.get(record.worker_id, 0) + 1, self._epoch)
+        record.registered_at.FromNanoseconds(round(self._now() * 1e9))
+        record.state = types.WORKER_STATE_READY
+        self._epochs[record.worker_id] = record.epoch
+        member = Member(record, outbox, self._now())
+        self._members[record.worker_id] = member
+        registered = pb.WorkerRegistered(worker_id=record.worker_id, epoch=record.epoch)
+        registered.heartbeat_interval.FromNanoseconds(round(self._interval_s * 1e9))
+        member.send(pb.ControlEvent(registered=registered))
+        self._count(record, 1)
+        self._on_changed(record, True)
+        self._watch(member)
+        log.info("worker registered", worker_id=record.worker_id, epoch=record.epoch, address=record.address)
+        return member
+
+    def heartbeat(self, member: Member, load: types.WorkerLoad) -> None:
+        member.seen_at = self._now()
+        changed = member.record.load != load
+        member.record.load.CopyFrom(load)
+        if not self._settle(member) and changed:
+            self._on_changed(member.record, False)
+        self._watch(member)
+
+    def draining(self, member: Member) -> None:
+        member.draining = True
+        self._settle(member)
+
+    def lost(self, member: Member, why: str) -> None:
+        """End a worker's life: its session is closed, its rooms fail. One that was draining is forgotten at once."""
+        if not member.online:
+            return
+        self._set_state(member, types.WORKER_STATE_OFFLINE)
+        member.outbox.close()
+        self._on_lost(member.worker_id, f"worker {member.worker_id} is gone: {why}")
+        if member.draining:
+            self._forget(member)
+        else:
+            self._timers.set(("worker", member.worker_id), self._now() + FORGET_S)
+        log.info("worker offline", worker_id=member.worker_id, epoch=member.record.epoch, why=why)
+
+    def alarm(self, worker_id: str) -> None:
+        """The timer of a worker fired: look how long it has been silent."""
+        member = self._members.get(worker_id)
+        if member is None:
+            return
+        silent_s = self._now() - member.seen_at
+        if not member.online:
+            self._forget(member)
+        elif silent_s >= self._interval_s * self._max_failure + SLACK_S:
+            self.lost(member, f"no sign of life for {silent_s:.1f} s")
+        else:
+            self._settle(member)
+            self._watch(member)
+
+    def _watch(self, member: Member) -> None:
+        """Wake up when it would become suspect, or offline."""
+        first, last = member.seen_at + self._interval_s, member.seen_at + self._interval_s * self._max_failure
+        when = first if self._now() < first + SLACK_S else last
+        self._timers.set(("worker", member.worker_id), when + SLACK_S)
+
+    def _settle(self, member: Member) -> bool:
+        """Bring the state in line with what is known of the worker; tells whether it changed."""
+        if not member.online:
+            return False
+        if self._now() - member.seen_at >= self._interval_s + SLACK_S:
+            state = types.WORKER_STATE_SUSPECT
+        elif member.draining:
+            state = types.WORKER_STATE_DRAINING
+        else:
+            state = types.WORKER_STATE_READY
+        if state == member.record.state:
+            return False
+        self._set_state(member, state)
+        return True
+
+    def _set_state(self, member: Member, state: types.WorkerState) -> None:
+        self._count(member.record, -1)
+        member.record.state = state
+        self._count(member.record, 1)
+        self._on_changed(member.record, True)
+
+    def _forget(self, member: Member) -> None:
+        self._count(member.record, -1)
+        self._timers.cancel(("worker", member.worker_id))
+        del self._members[member.worker_id]
+        self._on_gone(member.worker_id)
+
+    def _count(self, record: types.Worker, by: int) -> None:
+        role = types.WorkerRole.Name(record.role).removeprefix("WORKER_ROLE_")
+        state = types.WorkerState.Name(record.state).removeprefix("WORKER_STATE_")
+        metrics.WORKERS.labels(role, state).inc(by)
+
+
+def check(worker: types.Worker) -> None:
+    for name, missing in (
+        ("role", worker.role not in types.WorkerRole.values() or worker.role == types.WORKER_ROLE_UNSPECIFIED),
+        ("address", not worker.address),
+    ):
+        if missing:
+            raise MeshError(Reason.INVALID_PARAMETER, f"a registration needs {name}", parameter=name)

@@ -1,0 +1,19 @@
+"""A decode worker's rank: the model, and a transfer endpoint that is written to."""
+
+from __future__ import annotations
+
+from common.worker.process import Rank, serve_rank
+from common.worker.start import RankStart
+from common.worker.transfer import build_with_transfer, read_config
+from common.worker.waker import Waker
+from services.decode.handover import DecodeHandover
+
+
+def build(start: RankStart, waker: Waker) -> Rank:
+    """What `serve_rank` runs."""
+    engine, backend, ready = build_with_transfer(start, read_config(start, "decode"), waker)
+    return Rank(engine, ready, lambda emit: DecodeHandover(engine, backend, emit))
+
+
+if __name__ == "__main__":
+    serve_rank(build)

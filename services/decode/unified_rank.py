@@ -1,0 +1,20 @@
+"""A unified worker's rank: the model alone, no hand-over."""
+
+from __future__ import annotations
+
+from common.kvcache.pool import allocate_host
+from common.worker.process import Rank, serve_rank
+from common.worker.rank import build_engine, ready_message
+from common.worker.start import RankStart
+from common.worker.transfer import read_config
+from common.worker.waker import Waker
+
+
+def build(start: RankStart, waker: Waker) -> Rank:
+    """What `serve_rank` runs."""
+    engine = build_engine(read_config(start, "unified").engine, allocate_host)
+    return Rank(engine, ready_message(start.rank, engine, "", b""))
+
+
+if __name__ == "__main__":
+    serve_rank(build)

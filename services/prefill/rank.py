@@ -1,0 +1,21 @@
+"""A prefill worker's rank: the model, and a transfer endpoint that writes."""
+
+from __future__ import annotations
+
+from common.worker.process import Rank, serve_rank
+from common.worker.start import RankStart
+from common.worker.transfer import build_with_transfer, read_config
+from common.worker.waker import Waker
+from services.prefill.handover import PrefillHandover
+
+
+def build(start: RankStart, waker: Waker) -> Rank:
+    """What `serve_rank` runs."""
+    config = read_config(start, "prefill")
+    engine, backend, ready = build_with_transfer(start, config, waker)
+    timeout_s = config.handover.transfer_timeout
+    return Rank(engine, ready, lambda emit: PrefillHandover(engine, backend, emit, timeout_s))
+
+
+if __name__ == "__main__":
+    serve_rank(build)

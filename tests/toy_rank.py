@@ -1,0 +1,38 @@
+"""A rank process with a toy engine, for tests of the processes around it. The config is a JSON object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common.errors.base import MeshError, Reason
+from common.worker.messages import RankReady
+from common.worker.process import Rank, serve_rank
+from common.worker.start import RankStart
+from common.worker.waker import Waker
+from tests.toys import toy_engine
+
+
+def build(start: RankStart, waker: Waker) -> Rank:
+    config: dict[str, Any] = start.config_as(dict)
+    if config.get("refuse"):
+        raise MeshError(Reason.BAD_CHECKPOINT, "no such folder")
+    if config.get("bug"):
+        raise ZeroDivisionError("a bug")
+    engine = toy_engine(num_pages=config.get("num_pages", 64))
+    runner = engine.runner
+    ready = RankReady(
+        rank=start.rank,
+        layout=runner.layout,
+        num_pages=engine.allocator.num_pages,
+        backend="",
+        descriptor=b"",
+        model_path="toy",
+        fingerprint="toy",
+        context_length=runner.context_length,
+        vocab_size=runner.vocab_size,
+    )
+    return Rank(engine, ready)
+
+
+if __name__ == "__main__":
+    serve_rank(build)
