@@ -4,6 +4,8 @@ PYTHON ?= python3.11 python3.12 python3.13 python3
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 ARGS ?=
+BENCH ?=
+SOAK ?= 10
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -40,6 +42,16 @@ format: setup ## rewrite the code in its one style
 
 protos: setup ## generate protos/gen from protos/pdmesh
 	@$(BIN)/python protos/generate.py
+
+bench: setup ## list the benchmarks, or run one: BENCH=name ARGS="…"
+ifeq ($(BENCH),)
+	@for file in benchmarks/*.py; do echo "make bench BENCH=$$(basename $$file .py)"; done
+else
+	@$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
+endif
+
+soak: setup ## everything that starts or breaks real services, SOAK times over, one after the other
+	@for round in $$(seq $(SOAK)); do $(BIN)/python -m pytest -m "mesh or fault" $(PYTEST_ARGS) || exit 1; done
 
 clean: ## remove environments, caches and build results
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

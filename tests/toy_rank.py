@@ -1,12 +1,12 @@
-"""A rank process with a toy engine, for tests of the processes around it. The config is a JSON object."""
+"""A rank process with a toy engine, for tests of the processes around it. The config is a dictionary."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from common.errors.base import MeshError, Reason
-from common.worker.messages import RankReady
 from common.worker.process import Rank, serve_rank
+from common.worker.rank import ready_message
 from common.worker.start import RankStart
 from common.worker.waker import Waker
 from tests.toys import toy_engine
@@ -19,19 +19,7 @@ def build(start: RankStart, waker: Waker) -> Rank:
     if config.get("bug"):
         raise ZeroDivisionError("a bug")
     engine = toy_engine(num_pages=config.get("num_pages", 64))
-    runner = engine.runner
-    ready = RankReady(
-        rank=start.rank,
-        layout=runner.layout,
-        num_pages=engine.allocator.num_pages,
-        backend="",
-        descriptor=b"",
-        model_path="toy",
-        fingerprint="toy",
-        context_length=runner.context_length,
-        vocab_size=runner.vocab_size,
-    )
-    return Rank(engine, ready)
+    return Rank(engine, ready_message(start.rank, engine, backend="", descriptor=b""))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class ToyRunner:
         self.layout = KvLayout("float32", 1, 1, 1, page_size)
         self.vocab_size = VOCAB_SIZE
         self.context_length = context_length
+        self.fingerprint = self.model_path = "toy"
         self.eos_token_ids = (EOS,)
         self.slots = np.full((num_pages, page_size), -1)
         self.steps: list[list[Chunk]] = []

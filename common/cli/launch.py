@@ -31,7 +31,7 @@ WORKER_ROLES = ("prefill", "decode", "unified")
 MEMORY_SHARE = 0.8
 RETRY_S = 0.1
 # Most seconds that a stage gets to stop in, beyond the drain for the first of them; then it is killed.
-ROUTER_STOP_S, WORKERS_STOP_S, BOOTSTRAP_STOP_S = 1.0, 2.0, 2.0
+ROUTER_STOP_S, WORKERS_STOP_S, BOOTSTRAP_STOP_S = 2.0, 2.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class UpConfig:
     mem_fraction_static: float | None = flag(
         None, f"Share of memory for weights and KV pool (default: {MEMORY_SHARE} among those that share a device)."
     )
-    drain_timeout: float = flag(4.0, "Seconds that running requests get to finish after Ctrl-C.")
+    drain_timeout: float = flag(3.0, "Seconds that running requests get to finish after Ctrl-C.")
 
     def __post_init__(self) -> None:
         counts = self.counts
@@ -168,8 +168,7 @@ class Launch:
         return [{"name": child.name, **asdict(child.listening)} for child in self.roles if child.listening]
 
     def describe_workers(self) -> str:
-        counts = [f"{count} {role}" for role, count in self.config.counts.items() if count]
-        return f"{' and '.join(counts)} worker{'s' if len(self.names) > 1 else ''}"
+        return ", ".join(f"{count} {role}" for role, count in self.config.counts.items() if count)
 
 
 async def wait_serving(address: str) -> None:

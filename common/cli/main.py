@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -58,6 +59,7 @@ def dispatch(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 2 for settings that cannot work, 1 for any other failure."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its INFO lines are about every connection that ends
     try:
         return dispatch(sys.argv[1:] if arguments is None else arguments)
     except MeshError as error:

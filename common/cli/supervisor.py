@@ -20,6 +20,7 @@ from common.rpc.announce import READY_FD, Listening, parse
 
 LEASH = Path(__file__).with_name("leash.py")
 TAIL_LINES = 12
+OWN_WORDS = "pdmesh: "
 DRAIN_OUTPUT_S = 0.5
 
 
@@ -71,7 +72,10 @@ class Child:
         return self.process.pid
 
     def last_words(self) -> str:
-        return "\n".join(self.tail.decode(errors="replace").splitlines()[-TAIL_LINES:])
+        """What the `pdmesh` command gave as the reason; without one, the last lines."""
+        lines = self.tail.decode(errors="replace").splitlines()
+        reasons = [line.removeprefix(OWN_WORDS) for line in lines if line.startswith(OWN_WORDS)]
+        return reasons[-1] if reasons else "\n".join(lines[-TAIL_LINES:])
 
     def kill(self) -> None:
         """SIGKILL to the child and to all that it started. Only while it has not been reaped."""
@@ -137,21 +141,25 @@ class Supervisor:
         code = child.process.returncode
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         words = child.last_words()
-        return ChildEnded(f"{child.name} (pid {child.pid}) {how}" + (f"; it last said:\n{words}" if words else ""))
+        return ChildEnded(f"{child.name} (pid {child.pid}) {how}: {words or 'it said nothing'}")
 
     async def stop(self, stages: Sequence[tuple[Sequence[Child], float]]) -> None:
         """SIGTERM to one stage after the other; what outlives its stage's seconds is killed."""
         self.stopping = True
-        for children, limit_s in stages:
-            running = [child for child in children if not child.ended.is_set()]
-            for child in running:
-                child.process.send_signal(signal.SIGTERM)
-            await self._wait_or_kill(running, limit_s)
-        await self._wait_or_kill(self.children, 0)
-        for child in self.children:
-            child.following.cancel()
-            child.ready.transport.close()
-            child.output.transport.close()
+        try:
+            for children, limit_s in stages:
+                running = [child for child in children if not child.ended.is_set()]
+                for child in running:
+                    child.process.send_signal(signal.SIGTERM)
+                await self._wait_or_kill(running, limit_s)
+            await self._wait_or_kill(self.children, 0)
+        finally:
+            for child in self.children:
+                if not child.ended.is_set():  # somebody lost patience with us
+                    child.kill()
+                child.following.cancel()
+                child.ready.transport.close()
+                child.output.transport.close()
         await asyncio.gather(*(child.following for child in self.children), return_exceptions=True)
 
     async def _wait_or_kill(self, children: Sequence[Child], limit_s: float) -> None:

@@ -71,7 +71,7 @@ def tell(launch: Launch, model: str, status_file: str | None) -> None:
     question = {"model": model, "messages": [{"role": "user", "content": "What is 123 + 456?"}], "temperature": 0}
     body = shlex.quote(json.dumps(question))
     print(
-        f"\npdmesh serves {model} with {launch.describe_workers()}; Ctrl-C stops it.\n"
+        f"\npdmesh serves {model}; workers: {launch.describe_workers()}. Ctrl-C stops it.\n"
         f"  HTTP       {url}\n"
         f"  gRPC       {reachable(router.grpc or '')}\n"
         f"  bootstrap  {bootstrap.grpc}\n\n"

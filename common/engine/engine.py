@@ -30,6 +30,8 @@ class Runner(Protocol):
     layout: KvLayout
     vocab_size: int
     context_length: int
+    fingerprint: str
+    model_path: str
     eos_token_ids: tuple[int, ...]
 
     def run(self, chunks: Seq[Chunk]) -> torch.Tensor:

@@ -3,47 +3,124 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
+from common.config.flags import bad
+from common.engine.batch import Chunk as Chunk
+from common.engine.batch import make_batch
 from common.engine.config import EngineConfig
 from common.kvcache.layout import KvLayout
-from common.kvcache.pool import KvPool
-
-
-@dataclass(slots=True)
-class Chunk:
-    """What one sequence computes in a step.
-
-    Attributes:
-        start: Position in the sequence of `token_ids[0]`; the KV of all earlier positions is in `pages`.
-        token_ids: Tokens to compute, at least one.
-        pages: The sequence's pages in token order; they cover at least `start + len(token_ids)` tokens.
-        sample: Whether the logits after the last token are wanted.
-    """
-
-    start: int
-    token_ids: list[int]
-    pages: list[int]
-    sample: bool
+from common.kvcache.pool import TORCH_DTYPE, KvPool
+from common.models.checkpoint import Checkpoint, find_checkpoint
+from common.models.config import ModelConfig, read_config, read_eos_token_ids
+from common.models.registry import CausalLM, find_loader
+from common.ops.attention.base import AttentionBackend, make_attention
 
 
 class ModelRunner:
-    """Weights and, once attached, a KV pool."""
+    """Weights and, once attached, a KV pool.
 
-    layout: KvLayout
-    vocab_size: int
-    context_length: int
-    fingerprint: str
-    eos_token_ids: tuple[int, ...]
+    Attributes:
+        layout: Shape of the pages that `attach_pool` expects.
+        vocab_size: Number of logits.
+        context_length: Most tokens of prompt and output together.
+        model_path: The folder that was loaded.
+        fingerprint: Equal on two workers that run the same checkpoint in the same dtype.
+        eos_token_ids: Tokens that end a sequence.
+        device: Where weights and pool are.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        model_config: ModelConfig,
+        layout: KvLayout,
+        context_length: int,
+        model_path: str,
+        fingerprint: str,
+        eos_token_ids: tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.layout = layout
+        self.vocab_size = model_config.vocab_size
+        self.context_length = context_length
+        self.model_path = model_path
+        self.fingerprint = fingerprint
+        self.eos_token_ids = eos_token_ids
+        self.device = device
+        self.num_heads = model_config.num_attention_heads
+        self.scale = model_config.head_size**-0.5
+        self.attention: AttentionBackend | None = None
 
     @classmethod
     def load(cls, config: EngineConfig) -> ModelRunner:
-        raise NotImplementedError
+        """Load a checkpoint's weights. Sets torch's number of threads when `config` names one.
+
+        Raises:
+            MeshError: BAD_CHECKPOINT for a folder that is broken or not supported; BAD_CONFIG for a context that
+                is longer than the model's, or a device that is not there.
+        """
+        if config.cpu_threads:
+            torch.set_num_threads(config.cpu_threads)
+        device = choose_device(config)
+        folder = find_checkpoint(config.model_path)
+        model_config = read_config(folder)
+        load_model = find_loader(model_config)
+        dtype = choose_dtype(config, model_config)
+        context_length = choose_context(config, model_config)
+        with torch.inference_mode(), Checkpoint(folder, TORCH_DTYPE[dtype], device) as checkpoint:
+            model = load_model(model_config, checkpoint, context_length)
+            fingerprint = checkpoint.fingerprint(model_config)
+        layout = KvLayout(
+            dtype=dtype,
+            num_layers=model_config.num_hidden_layers,
+            num_kv_heads=model_config.kv_heads,
+            head_dim=model_config.head_size,
+            page_size=config.page_size,
+        )
+        eos_token_ids = read_eos_token_ids(folder, model_config)
+        return cls(model, model_config, layout, context_length, str(folder), fingerprint, eos_token_ids, device)
 
     def attach_pool(self, pool: KvPool) -> None:
-        raise NotImplementedError
+        """Use `pool` for all keys and values. Raises `ValueError` when its layout is another."""
+        if pool.layout != self.layout:
+            raise ValueError(f"the pool's layout is {pool.layout}, the model's {self.layout}")
+        self.attention = make_attention("torch", pool, self.num_heads, self.scale)
 
+    @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        raise NotImplementedError
+        """Compute a step: prompts' chunks and single tokens in any mixture and order.
+
+        Returns float32 logits `[S, vocab_size]`, one row per chunk with `sample`, in the order of `chunks`.
+        """
+        if self.attention is None:
+            raise RuntimeError("run before attach_pool")
+        batch = make_batch(chunks, self.device)
+        plan = self.attention.plan(batch.spans)
+        return self.model(batch.token_ids_T, batch.positions_T, plan, batch.wanted_S).float()
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise bad("--device: there is no CUDA device")
+    if config.device == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", config.base_gpu_id)
+
+
+def choose_dtype(config: EngineConfig, model_config: ModelConfig) -> str:
+    """The configured dtype; `auto` is the checkpoint's, float32 where it names none that is served."""
+    if config.dtype != "auto":
+        return config.dtype
+    stored = model_config.checkpoint_dtype
+    return stored if stored in TORCH_DTYPE else "float32"
+
+
+def choose_context(config: EngineConfig, model_config: ModelConfig) -> int:
+    longest = model_config.context_length
+    if config.context_length and config.context_length > longest:
+        raise bad(f"--context-length: {config.context_length} is more than the model's {longest}")
+    return config.context_length or longest

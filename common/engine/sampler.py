@@ -1,6 +1,6 @@
 """Chooses the next token of every sequence of a step.
 
-Shape suffixes: S sequences of the step, R rows among them that draw, V vocabulary, B blocks of W tokens, K top.
+Shape suffixes: S sequences of the step, R rows among them that draw, V vocabulary, B blocks of W tokens, K heaviest.
 
 What a row gets depends on its logits, its parameters, its seed and its position alone, never on the other rows:
 all arithmetic is row by row.
@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from common.engine.penalties import Penalties, TokenCounts, apply_penalties
 from common.engine.request import Sequence
 from common.engine.uniform import uniforms
-from common.worker.messages import TokenLogprobs
+from common.worker.messages import Sampling, TokenLogprobs
 
 BLOCK_TOKENS = 256
+HEAD_TOKENS = 1024  # the heaviest tokens, among which top-k and top-p nearly always end
+ROWS_AT_ONCE = 8  # on CPU, so that what is computed of them stays in the cache
 
 
 @dataclass(slots=True)
@@ -38,6 +40,7 @@ class Sampled:
     broken: list[int]
 
 
+@torch.inference_mode()
 def sample(logits_SV: torch.Tensor, sequences: Seq[Sequence]) -> Sampled:
     """Choose one token for every row of float32 logits, which are overwritten.
 
@@ -103,11 +106,15 @@ def mask_and_penalize(logits_SV: torch.Tensor, sequences: Seq[Sequence]) -> None
 
 def draw(logits_RV: torch.Tensor, sequences: Seq[Sequence]) -> list[int]:
     """Draw a token of each row from its filtered distribution."""
+    at_once = ROWS_AT_ONCE if logits_RV.device.type == "cpu" else len(sequences)
+    if len(sequences) > at_once:
+        parts = range(0, len(sequences), at_once)
+        drawn = [draw(logits_RV[part : part + at_once], sequences[part : part + at_once]) for part in parts]
+        return [token for tokens in drawn for token in tokens]
     device = logits_RV.device
     temperature_R1 = torch.tensor([[sequence.sampling.temperature] for sequence in sequences], device=device)
     # Subtracting the maximum first keeps a tiny temperature from overflowing.
-    scores_RV = (logits_RV - logits_RV.amax(dim=1, keepdim=True)).div_(temperature_R1)
-    weights_RV = scores_RV.exp()
+    weights_RV = (logits_RV - logits_RV.amax(dim=1, keepdim=True)).div_(temperature_R1).exp_()
     if any(s.sampling.top_k or s.sampling.top_p < 1 or s.sampling.min_p for s in sequences):
         weights_RV *= weights_RV >= least_weights(weights_RV, sequences)[:, None]
     seeds = [sequence.sampling.seed for sequence in sequences]
@@ -119,31 +126,55 @@ def least_weights(weights_RV: torch.Tensor, sequences: Seq[Sequence]) -> torch.T
     """The least weight `[R]` that top-k, top-p and min-p let through; the most likely token weighs 1.
 
     Top-p counts within what top-k left, min-p is relative to the most likely token. Tokens of the same weight
-    are all kept or all dropped, as in transformers. A row without a filter gets 0.
+    are all kept or all dropped. A row without a filter gets 0.
+
+    Few tokens decide as a rule, so the `HEAD_TOKENS` heaviest are looked at first; rows for which they do not
+    suffice are sorted whole. Which of the two it is depends on the row alone.
     """
+    vocab_size = weights_RV.shape[1]
     least_R = torch.tensor([sequence.sampling.min_p for sequence in sequences], device=weights_RV.device)
     rows = [row for row, s in enumerate(sequences) if s.sampling.top_k or s.sampling.top_p < 1]
-    if not rows:
-        return least_R
-    vocab_size = weights_RV.shape[1]
-    parameters = [sequences[row].sampling for row in rows]
-    k = [min(parameter.top_k or vocab_size, vocab_size) for parameter in parameters]
-    sorted_RV = sort_descending(weights_RV[rows])
-    by_k_R1 = sorted_RV.gather(1, torch.tensor(k, device=sorted_RV.device)[:, None] - 1)
-    sums_RV = (sorted_RV * (sorted_RV >= by_k_R1)).cumsum(dim=1, dtype=torch.float64)
-    top_p_R1 = torch.tensor([[p.top_p] for p in parameters], dtype=torch.float64, device=sorted_RV.device)
-    # The last token of the smallest set whose sum reaches top_p; with top_p 1 none is left out for rounding.
-    last_R1 = torch.searchsorted(sums_RV, top_p_R1 * sums_RV[:, -1:])
-    last_R1 = torch.where(top_p_R1 < 1, last_R1, vocab_size - 1)
-    least_R[rows] = torch.maximum(least_R[rows], torch.maximum(by_k_R1, sorted_RV.gather(1, last_R1))[:, 0])
+    whole = [row for row in rows if sequences[row].sampling.top_k > HEAD_TOKENS or vocab_size <= HEAD_TOKENS]
+    if head := [row for row in rows if row not in whole]:
+        head_RV = weights_RV if len(head) == len(sequences) else weights_RV[head]
+        by_head_R, enough_R = cut(head_RV, [sequences[row].sampling for row in head], HEAD_TOKENS)
+        least_R[head] = torch.maximum(least_R[head], torch.where(enough_R, by_head_R, 0))
+        whole += [row for row, enough in zip(head, enough_R.tolist(), strict=True) if not enough]
+    if whole:
+        by_all_R, _ = cut(weights_RV[whole], [sequences[row].sampling for row in whole], vocab_size)
+        least_R[whole] = torch.maximum(least_R[whole], by_all_R)
     return least_R
 
 
-def sort_descending(values_RV: torch.Tensor) -> torch.Tensor:
-    """Each row from its largest to its smallest value; NumPy's vectorised sort is far faster than PyTorch's on CPU."""
-    if values_RV.device.type == "cpu":
-        return torch.from_numpy(-np.sort(-values_RV.numpy(), axis=1))
-    return values_RV.sort(dim=1, descending=True).values
+def cut(weights_RV: torch.Tensor, samplings: Seq[Sampling], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least weight `[R]` that top-k and top-p let through, and whether the `count` heaviest tokens decide it."""
+
+    def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=weights_RV.device)[:, None]
+
+    top_k_R1 = column([sampling.top_k for sampling in samplings], torch.int64)
+    top_p_R1 = column([sampling.top_p for sampling in samplings], torch.float64)
+    heaviest_RK = heaviest(weights_RV, count)
+    kth_R1 = heaviest_RK.gather(1, (top_k_R1 - 1).clamp(0, count - 1))
+    by_k_R1 = torch.where(top_k_R1 > 0, kth_R1, 0)
+    kept_R1 = (heaviest_RK * (heaviest_RK >= kth_R1)).sum(dim=1, keepdim=True)
+    total_R1 = torch.where(top_k_R1 > 0, kept_R1, weights_RV.sum(dim=1, keepdim=True)).double()
+    # The last token of the smallest set whose sum reaches top_p; with top_p 1 none is left out for rounding.
+    sums_RK = heaviest_RK.double().cumsum(dim=1)
+    last_R1 = torch.searchsorted(sums_RK, top_p_R1 * total_R1)
+    by_p_R1 = torch.where(top_p_R1 < 1, heaviest_RK.gather(1, last_R1.clamp(max=count - 1)), 0)
+    enough_R1 = (last_R1 < count) | (top_p_R1 >= 1)
+    return torch.maximum(by_k_R1, by_p_R1)[:, 0], enough_R1[:, 0]
+
+
+def heaviest(weights_RV: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` largest values of each row, largest first; on CPU by NumPy, whose partition is vectorised."""
+    if weights_RV.device.type != "cpu":
+        return weights_RV.topk(count, dim=1).values
+    weights = weights_RV.numpy()
+    if count < weights.shape[1]:
+        weights = np.partition(weights, weights.shape[1] - count, axis=1)[:, -count:]
+    return torch.from_numpy(np.sort(weights, axis=1)[:, ::-1].copy())
 
 
 def invert(weights_RV: torch.Tensor, uniform_R: torch.Tensor) -> list[int]:

@@ -13,7 +13,7 @@ from common.mesh.wire import ticket_from, ticket_to
 from pdmesh.v1 import bootstrap_service_pb2 as pb
 from pdmesh.v1 import types_pb2
 
-Opening = tuple[str, int]  # request and index
+Opening = tuple[str, int, int]  # request, index and attempt
 
 
 class RouterSession(Session[pb.RouterEvent, pb.MeshEvent]):
@@ -37,7 +37,7 @@ class RouterSession(Session[pb.RouterEvent, pb.MeshEvent]):
         self.workers: dict[str, types_pb2.Worker] = {}
         self.ready = asyncio.Event()
         self._snapshot: set[str] | None = None
-        self._opening: dict[Opening, tuple[int, asyncio.Future[Ticket]]] = {}
+        self._opening: dict[Opening, asyncio.Future[Ticket]] = {}
         self._open: set[Ticket] = set()
 
     async def open_room(self, room: pb.OpenRoom, timeout_s: float) -> Ticket:
@@ -48,17 +48,21 @@ class RouterSession(Session[pb.RouterEvent, pb.MeshEvent]):
         """
         if not self.ready.is_set():
             raise unreachable(self.address, "there is no session")
-        key = (room.request_id, room.index)
+        key = (room.request_id, room.index, room.attempt)
         if key in self._opening:
             raise MeshError(Reason.WRONG_STATE, f"request {room.request_id}/{room.index} is being opened already")
         answer: asyncio.Future[Ticket] = asyncio.get_running_loop().create_future()
-        self._opening[key] = (room.attempt, answer)
+        self._opening[key] = answer
         self.outbox.put(pb.RouterEvent(open=room))
         try:
             async with asyncio.timeout(timeout_s):
                 return await answer
-        except TimeoutError:
-            raise unreachable(self.address, f"no answer within {timeout_s:g} s") from None
+        except (TimeoutError, asyncio.CancelledError) as left:
+            if answer.done() and not answer.cancelled() and not answer.exception():
+                self.close_room(answer.result())  # it came at the last moment
+            if isinstance(left, TimeoutError):
+                raise unreachable(self.address, f"no answer within {timeout_s:g} s") from None
+            raise
         finally:
             self._opening.pop(key, None)
 
@@ -106,7 +110,7 @@ class RouterSession(Session[pb.RouterEvent, pb.MeshEvent]):
     def lost(self, error: MeshError) -> None:
         self.ready.clear()
         opening, self._opening = self._opening, {}
-        for _, answer in opening.values():
+        for answer in opening.values():
             if not answer.done():
                 answer.set_exception(unreachable(self.address, error.message))
         opened, self._open = self._open, set()
@@ -130,18 +134,16 @@ class RouterSession(Session[pb.RouterEvent, pb.MeshEvent]):
 
     def _room_opened(self, opened: pb.RoomOpened) -> None:
         ticket = ticket_from(opened.ticket)
-        if ticket in self._open:  # the answer to a repetition
-            return
-        attempt, answer = self._opening.get((opened.request_id, opened.index), (0, None))
-        if answer is None or answer.done() or attempt != ticket.attempt:
-            self.close_room(ticket)  # whoever wanted it has left
-            return
-        self._open.add(ticket)
-        answer.set_result(ticket)
+        answer = self._opening.get((opened.request_id, opened.index, ticket.attempt))
+        if answer is not None and not answer.done():
+            self._open.add(ticket)
+            answer.set_result(ticket)
+        elif ticket not in self._open:  # whoever wanted it has left
+            self.close_room(ticket)
 
     def _open_refused(self, refused: pb.OpenRefused) -> None:
-        attempt, answer = self._opening.get((refused.request_id, refused.index), (0, None))
-        if answer is not None and not answer.done() and attempt == refused.attempt:
+        answer = self._opening.get((refused.request_id, refused.index, refused.attempt))
+        if answer is not None and not answer.done():
             answer.set_exception(MeshError(Reason(refused.reason), refused.message))
 
     def _room_ended(self, ended: pb.RoomEnded) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,15 +69,12 @@ def make_server(
     `default_deadline_s` is for unary calls that bring no deadline. Raises `MeshError` (BAD_CONFIG) when the
     address cannot be bound.
     """
+    check_free(host, port)
     grpc_server = grpc.aio.server(interceptors=[ErrorInterceptor(default_deadline_s)], options=SERVER)
     try:
         bound = grpc_server.add_insecure_port(f"{host}:{port}")
-    except RuntimeError:
-        bound = 0
-    if bound == 0:
-        raise MeshError(
-            Reason.BAD_CONFIG, f"cannot listen on {host}:{port}: the address is taken or not this machine's"
-        )
+    except RuntimeError as error:
+        raise cannot_listen(host, port, str(error)) from None
     server = Server(grpc_server, host, bound, [service.name for service in services])
     for service in services:
         service.add_to_server(service.servicer, grpc_server)
@@ -85,3 +83,18 @@ def make_server(
     standard = [*health_pb2.DESCRIPTOR.services_by_name.values(), *channelz_pb2.DESCRIPTOR.services_by_name.values()]
     add_reflection(grpc_server, [*(service.name for service in services), *(s.full_name for s in standard)])
     return server
+
+
+def check_free(host: str, port: int) -> None:
+    """Try the address first: gRPC says only in its own log why it could not bind."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise cannot_listen(host, port, error.strerror or str(error)) from None
+
+
+def cannot_listen(host: str, port: int, why: str) -> MeshError:
+    return MeshError(Reason.BAD_CONFIG, f"cannot listen on {host}:{port}: {why}")

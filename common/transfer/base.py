@@ -11,6 +11,9 @@ Promises that every backend keeps (tests/contract/test_transfer.py):
 - Every handle ends: DONE, or FAILED with a sentence, in bounded time, also when the peer is gone.
 - After FAILED the bytes may still land. Nothing may reuse the destination before `disconnect` returned.
 - `close` and `disconnect` are idempotent. `close` ends all threads; the pool stays mapped until after it.
+- `connect`, `disconnect` and `close` may block for seconds when the peer does not answer (each backend's module
+  says for how long); a loop that must not stall calls them from a thread of its own.
+- Every method may be called from any thread. `wake` is called from the backend's threads and must not block.
 """
 
 from __future__ import annotations

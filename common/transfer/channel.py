@@ -326,14 +326,13 @@ def _receive_welcome(link: Link, incarnation: bytes) -> None:
 
 def _listen(address: Address) -> socket.socket:
     """Raises `TransferError`."""
+    internet = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    listener = socket.socket(socket.AF_UNIX if isinstance(address, str) else internet, socket.SOCK_STREAM)
     try:
-        if isinstance(address, str):
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            listener.bind(address)
-            listener.listen()
-        else:
-            listener = socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        listener.bind(address)
+        listener.listen()
     except OSError as error:
+        listener.close()
         raise TransferError(f"the transfer endpoint cannot listen on {address!r}: {error}") from None
     listener.setblocking(False)
     return listener

@@ -74,7 +74,7 @@ class Handover(Protocol):
         ...
 
     def on_step(self, result: StepResult) -> None:
-        """Act on a step: send computed pages, clear up after failed sequences."""
+        """Act on a step: send computed pages; tell the front of its own sequences that failed, and release them."""
         ...
 
     def poll(self) -> None:
@@ -205,7 +205,8 @@ class RankLoop:
             return False
         result = self._engine.step()
         self._outbox += result.tokens
-        self._outbox += result.failures
+        # A failed sequence that is still held is the hand-over's to tell, together with its room.
+        self._outbox += [failure for failure in result.failures if not self._engine.find(failure.sequence_id)]
         self._handover.on_step(result)
         return result.scheduled and self._engine.has_work
 

@@ -13,7 +13,7 @@ T = TypeVar("T")
 class RankStart(msgspec.Struct, frozen=True, array_like=True):
     """All that a rank is told at its start; never on the command line, which every user can read.
 
-    `config` is the front's config dataclass as JSON; `address` is the front's ZeroMQ endpoint.
+    `config` is the front's config dataclass as msgpack; `address` is the front's ZeroMQ endpoint.
     """
 
     address: str
@@ -23,7 +23,7 @@ class RankStart(msgspec.Struct, frozen=True, array_like=True):
 
     def config_as(self, kind: type[T]) -> T:
         """The config, which is a `kind`."""
-        return msgspec.json.decode(self.config, type=kind)
+        return msgspec.msgpack.decode(self.config, type=kind)
 
 
 def configure(socket: zmq.Socket[Any], linger_ms: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from common.config.bootstrap import DEFAULT_BOOTSTRAP_PORT
 from common.config.flags import bad, flag
-from common.config.listen import LogConfig, MetricsConfig, ReadyConfig
+from common.config.listen import LogConfig, MetricsConfig
 from common.mesh.room import Timeouts
 
 
@@ -67,4 +67,3 @@ class BootstrapProcessConfig:
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
     log: LogConfig = field(default_factory=LogConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    ready: ReadyConfig = field(default_factory=ReadyConfig)

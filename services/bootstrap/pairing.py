@@ -14,9 +14,8 @@ def check_pair(prefill: types.Worker, decode: types.Worker) -> None:
     """
     for worker, role in ((prefill, types.WORKER_ROLE_PREFILL), (decode, types.WORKER_ROLE_DECODE)):
         if worker.role != role:
-            message = (
-                f"worker {worker.worker_id} is {types.WorkerRole.Name(worker.role)}, not {types.WorkerRole.Name(role)}"
-            )
+            names = types.WorkerRole.Name
+            message = f"worker {worker.worker_id} is {names(worker.role)}, not {names(role)}"
             raise MeshError(Reason.INVALID_PARAMETER, message)
         if worker.state != types.WORKER_STATE_READY:
             message = f"worker {worker.worker_id} is {types.WorkerState.Name(worker.state)}"
@@ -38,7 +37,7 @@ def first_difference(prefill: types.Worker, decode: types.Worker) -> tuple[str, 
         here, there = getattr(prefill.kv_layout, field.name), getattr(decode.kv_layout, field.name)
         if here != there:
             return f"kv_layout.{field.name}", here, there
-    backends = [sorted({endpoint.backend for endpoint in worker.endpoints}) for worker in (prefill, decode)]
-    if all(backends) and backends[0] != backends[1]:
-        return "endpoints.backend", *backends
+    ours, theirs = ({endpoint.backend for endpoint in worker.endpoints} for worker in (prefill, decode))
+    if ours and theirs and ours != theirs:
+        return "endpoints.backend", ", ".join(sorted(ours)), ", ".join(sorted(theirs))
     return None

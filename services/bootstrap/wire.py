@@ -28,7 +28,7 @@ def room_event_from(event: pb.WorkerEvent) -> machine.Event | None:
     return None
 
 
-def state_to(state: machine.State) -> types.RoomState:
+def state_to(state: machine.State) -> types.RoomState.ValueType:
     return types.RoomState.Value(f"ROOM_STATE_{state}")
 
 

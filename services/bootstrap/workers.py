@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from common.errors.base import MeshError, Reason
 from common.mesh.outbox import Outbox
@@ -60,17 +60,12 @@ class Workers:
     ) -> None:
         self._now = now
         self._timers = timers
-        self._epoch = epoch
+        # Above every epoch that an earlier bootstrap gave, however many registrations it saw.
+        self._last_epoch = epoch << 20
         self._interval_s = heartbeat_interval_s
         self._max_failure = heartbeat_max_failure
         self._on_changed, self._on_gone, self._on_lost = on_changed, on_gone, on_lost
         self._members: dict[str, Member] = {}
-        self._epochs: dict[str, int] = {}
-
-    def remember(self, records: Iterable[types.Worker]) -> None:
-        """Take over what an earlier bootstrap knew: the epochs, so that they go on growing."""
-        for record in records:
-            self._epochs[record.worker_id] = record.epoch
 
     def get(self, worker_id: str) -> Member | None:
         return self._members.get(worker_id)
@@ -91,11 +86,10 @@ class Workers:
         record.worker_id = record.worker_id or f"{role}-{secrets.token_hex(4)}"
         if earlier := self._members.get(record.worker_id):
             self.lost(earlier, "it registered anew")
-        # above every epoch that it had, also under a bootstrap that has forgotten them
-        record.epoch = max(self._epochs.get(record.worker_id, 0) + 1, self._epoch)
+        self._last_epoch += 1
+        record.epoch = self._last_epoch
         record.registered_at.FromNanoseconds(round(self._now() * 1e9))
         record.state = types.WORKER_STATE_READY
-        self._epochs[record.worker_id] = record.epoch
         member = Member(record, outbox, self._now())
         self._members[record.worker_id] = member
         registered = pb.WorkerRegistered(worker_id=record.worker_id, epoch=record.epoch)
@@ -157,7 +151,7 @@ class Workers:
         if not member.online:
             return False
         if self._now() - member.seen_at >= self._interval_s + SLACK_S:
-            state = types.WORKER_STATE_SUSPECT
+            state: types.WorkerState.ValueType = types.WORKER_STATE_SUSPECT
         elif member.draining:
             state = types.WORKER_STATE_DRAINING
         else:
@@ -167,7 +161,7 @@ class Workers:
         self._set_state(member, state)
         return True
 
-    def _set_state(self, member: Member, state: types.WorkerState) -> None:
+    def _set_state(self, member: Member, state: types.WorkerState.ValueType) -> None:
         self._count(member.record, -1)
         member.record.state = state
         self._count(member.record, 1)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from common.errors.base import MeshError, Reason
+from services.router import metrics
 
 
 class Admission:
@@ -38,6 +39,7 @@ class Admission:
             raise MeshError(Reason.OVERLOADED, f"{self.queued} requests wait already", retry_after_s=1.0)
         patience = asyncio.get_running_loop().time() + self._queue_timeout_s
         self.queued += 1
+        metrics.QUEUED.inc()
         try:
             async with asyncio.timeout_at(min(patience, deadline)):
                 await self._slots.acquire()
@@ -48,3 +50,4 @@ class Admission:
             raise MeshError(Reason.OVERLOADED, message, retry_after_s=1.0) from None
         finally:
             self.queued -= 1
+            metrics.QUEUED.dec()

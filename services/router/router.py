@@ -31,22 +31,22 @@ log = get_logger(__name__)
 class Router:
     """What all APIs share. Made inside the event loop; `start`, then `drain` and `close`.
 
-    `on_ready` is called with True or False whenever `not_ready` may have changed.
+    `on_change` is called whenever `not_ready` may have changed.
     """
 
     def __init__(
         self,
         config: RouterConfig,
         bootstrap_address: str,
-        on_ready: Callable[[bool], None] | None = None,
+        on_change: Callable[[], None] | None = None,
         log_requests: bool = False,
     ) -> None:
         self.config = config
         self.directory = Directory(config.tokenizer_path)
         self.session = Session(bootstrap_address, self._workers_changed, self._room_ended)
         prefill_policy, decode_policy = make_policy(config.prefill_policy), make_policy(config.decode_policy)
-        self.pool = WorkerPool(prefill_policy, decode_policy, self._tell_ready)
-        self._on_ready = on_ready
+        self.pool = WorkerPool(prefill_policy, decode_policy, self._changed)
+        self._on_change = on_change
         self._log_requests = log_requests
         self._rooms = Rooms()
         self._admission = Admission(config.max_concurrent_requests, config.queue_size, config.queue_timeout_secs)
@@ -142,7 +142,7 @@ class Router:
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, wait for running ones, then abort what is left."""
         self._draining = True
-        self._tell_ready()
+        self._changed()
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
@@ -172,11 +172,10 @@ class Router:
             return "; ".join(f"{name}: {why}" for name, why in lacking)
         return ""
 
-    def _tell_ready(self) -> None:
-        ready = not self.not_ready()
-        metrics.READY.set(ready)
-        if self._on_ready:
-            self._on_ready(ready)
+    def _changed(self) -> None:
+        metrics.READY.set(not self.not_ready())
+        if self._on_change:
+            self._on_change()
 
     # ---------------------------------------------------------------------------------- bootstrap
 

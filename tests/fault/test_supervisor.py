@@ -67,9 +67,14 @@ async def test_a_child_that_ends_is_told_with_its_last_words(supervisor: Supervi
     good = await start(supervisor, "good", GOOD)
     await supervisor.listening(good)
     bad = await start(supervisor, "bad", "import sys; print('first'); sys.exit('the reason')")
-    message = str(await supervisor.failure())
-    assert message.startswith(f"bad (pid {bad.pid}) ended with exit code 1")
-    assert message.endswith("the reason")
+    assert str(await supervisor.failure()) == f"bad (pid {bad.pid}) ended with exit code 1: first\nthe reason"
+
+
+async def test_the_reason_that_a_command_gave_is_told_alone(supervisor: Supervisor) -> None:
+    code = "import sys; print('noise'); print('pdmesh: BAD_CONFIG: no such folder'); print('more'); sys.exit(2)"
+    bad = await start(supervisor, "bad", code)
+    want = f"bad (pid {bad.pid}) ended with exit code 2: BAD_CONFIG: no such folder"
+    assert str(await supervisor.failure()) == want
 
 
 async def test_a_child_that_is_killed_is_told_by_signal(supervisor: Supervisor) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 
 from common.engine.penalties import Penalties, TokenCounts, apply_penalties
 from common.engine.request import Sequence
-from common.engine.sampler import draw, invert, least_weights, sample
+from common.engine.sampler import cut, draw, invert, least_weights, sample
 from common.engine.uniform import GOLDEN_GAMMA, mix, uniforms
 from common.worker.messages import Sampling
 
@@ -73,6 +73,19 @@ def test_the_filters_are_those_of_transformers(temperature: float, top_k: int, t
     kept = weights >= least_weights(weights, rows)[:, None]
     # A token whose weight underflows to 0 cannot be drawn; that it is not filtered does not matter.
     assert torch.equal(kept & (weights > 0), expected.isfinite() & (weights > 0))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 0.1), (0, 0.9), (0, 0.999999), (100, 0.9), (1024, 0.99), (1025, 1.0), (3000, 0.99)]
+)
+@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0])
+def test_the_head_decides_like_the_whole(top_k: int, top_p: float, spread: float) -> None:
+    logits = random_logits(3, vocab=5000) * spread
+    weights = (logits - logits.amax(1, keepdim=True)).exp()
+    rows = [sequence(top_k=top_k, top_p=top_p)] * 3
+    with_head = least_weights(weights, rows)
+    whole, _ = cut(weights, [row.sampling for row in rows], 5000)
+    assert torch.equal(with_head, whole)
 
 
 def test_equal_tokens_are_kept_together() -> None:

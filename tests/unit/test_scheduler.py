@@ -150,7 +150,7 @@ def test_a_retracted_sequence_keeps_its_place() -> None:
 
 
 def test_pages_of_a_hand_over_are_never_taken() -> None:
-    bench = Bench(num_pages=4, chunk_tokens=100)
+    bench = Bench(num_pages=5, chunk_tokens=100)
     grows = bench.add(4)
     bench.step()
     handed = bench.add(8, prefill_only=True)

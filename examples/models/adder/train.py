@@ -20,6 +20,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 BOS, END, PAD = "<|bos|>", "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -226,15 +227,22 @@ def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sum
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a plain Hugging Face checkpoint folder, its chat template inside tokenizer_config.json."""
+    disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder, save_jinja_files=False)
+    settings = folder / "tokenizer_config.json"
+    plain = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}  # older versions' name
+    del plain["backend"]
+    settings.write_text(json.dumps(plain, indent=2) + "\n")
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)  # transformers lets only its owner read it
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the adder.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write (default: this one)")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=192)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

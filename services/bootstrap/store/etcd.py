@@ -35,6 +35,8 @@ class EtcdStore:
         if self._server:
             await self._server.start()
             self.client.endpoints[:] = [self._server.endpoint]
+        if self._keep_alive:  # reached before
+            return
         status = await self.client.status()
         self._lease_id = await self.client.lease_grant(LEASE_TTL_S)
         self._keep_alive = asyncio.create_task(self._keep_lease(), name="etcd lease")

@@ -1,0 +1,13 @@
+"""Llama 2, 3, 3.1 and 3.2, and models saved in their form."""
+
+from __future__ import annotations
+
+from common.models.checkpoint import Checkpoint
+from common.models.config import ModelConfig
+from common.models.dense import DenseDecoder, DenseOptions
+
+
+def load(config: ModelConfig, checkpoint: Checkpoint, context_length: int) -> DenseDecoder:
+    """Biases, rare in this family, are on where the config says so."""
+    options = DenseOptions(qkv_bias=config.attention_bias, output_bias=config.attention_bias, mlp_bias=config.mlp_bias)
+    return DenseDecoder(config, checkpoint, context_length, options)

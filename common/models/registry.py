@@ -1,0 +1,64 @@
+"""Which file loads which model. A new family is a file beside this one and a line here."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+
+from common.models.checkpoint import Checkpoint
+from common.models.config import ModelConfig, bad_checkpoint
+from common.ops.attention.base import AttentionPlan
+
+
+class CausalLM(Protocol):
+    """A loaded model: the tokens of one step in, logits out."""
+
+    def __call__(
+        self,
+        token_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        plan: AttentionPlan,
+        wanted_S: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Logits `[S, V]` after the rows `wanted_S`; after all of them when it is None."""
+        ...
+
+
+class Loader(Protocol):
+    """`load` of a family's file. Raises `MeshError` (BAD_CHECKPOINT)."""
+
+    def __call__(self, config: ModelConfig, checkpoint: Checkpoint, context_length: int) -> CausalLM: ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names in config.json, and the module whose `load` serves them."""
+
+    architecture: str
+    model_type: str
+    module: str
+
+
+FAMILIES = (
+    Family("LlamaForCausalLM", "llama", "common.models.llama"),
+    Family("Qwen2ForCausalLM", "qwen2", "common.models.qwen2"),
+    Family("Qwen3ForCausalLM", "qwen3", "common.models.qwen3"),
+)
+
+
+def find_loader(config: ModelConfig) -> Loader:
+    """The loader of a checkpoint's architecture, or of its model type where it names none.
+
+    Raises:
+        MeshError: BAD_CHECKPOINT when no family here serves it.
+    """
+    names = config.architectures or []
+    for family in FAMILIES:
+        if family.architecture in names or (not names and family.model_type == config.model_type):
+            return cast(Loader, importlib.import_module(family.module).load)
+    asked = ", ".join(names) or config.model_type or "an unnamed architecture"
+    known = ", ".join(family.architecture for family in FAMILIES)
+    raise bad_checkpoint(f"config.json asks for {asked}; known are {known}")

@@ -1,0 +1,1 @@
+"""The attention seam: the contract in `base`, one file per backend."""

@@ -1,0 +1,146 @@
+"""The bootstrap process: store, epoch, control plane, server, from start to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from contextlib import AsyncExitStack
+
+from common.errors.base import MeshError, Reason
+from common.obs import log as logs
+from common.obs import metrics as pages
+from common.rpc import loop
+from common.rpc.announce import announce
+from common.rpc.server import Service, make_server
+from pdmesh.v1 import bootstrap_service_pb2_grpc as pb_grpc
+from pdmesh.v1 import types_pb2 as types
+from services.bootstrap.config import BootstrapConfig, BootstrapProcessConfig
+from services.bootstrap.control import ROOM_PREFIX, WORKER_PREFIX, ControlPlane
+from services.bootstrap.records import Records
+from services.bootstrap.server import SERVICE, BootstrapServicer
+from services.bootstrap.store.base import ABSENT, Store, Write
+from services.bootstrap.store.registry import make_store
+
+__all__ = ["BootstrapProcessConfig", "Bootstrap", "main", "run"]
+
+log = logs.get_logger(__name__)
+
+EPOCH_KEY = "/pdmesh/epoch"
+PRESENCE_PREFIX = "/pdmesh/bootstraps/"
+RETRY_S = 0.5
+FLUSH_S = 2.0
+GRACE_S = 1.0
+
+
+class Bootstrap:
+    """One bootstrap in this event loop. `address` is known from construction on.
+
+    The server answers from `start` on, and says NOT_SERVING until the store is reached.
+    """
+
+    def __init__(self, config: BootstrapConfig, store: Store | None = None) -> None:
+        """Raises `MeshError` (BAD_CONFIG) for a taken port or a store that there is none of."""
+        self.config = config
+        self.store = store or make_store(config.store)
+        self.servicer = BootstrapServicer()
+        service = Service(SERVICE, pb_grpc.add_BootstrapServiceServicer_to_server, self.servicer)
+        self.server = make_server(config.host, config.port, [service])
+        self.address = self.server.address
+        self._tasks: list[asyncio.Task[None]] = []
+        self._records: Records | None = None
+
+    async def start(self) -> None:
+        """Listen, and begin to reach for the store."""
+        await self.server.start()
+        log.info("bootstrap listens", address=self.address, store=type(self.store).__name__)
+
+    async def serve(self) -> None:
+        """Reach the store, trying again for as long as it is away, and take up service.
+
+        Raises `MeshError` (BAD_CONFIG) when no try can help, such as without an etcd to start.
+        """
+        while True:
+            try:
+                await self._take_up()
+                return
+            except MeshError as error:
+                if error.reason is Reason.BAD_CONFIG:
+                    raise
+                log.warning("the store is out of reach, will try again", error=error.message)
+            await asyncio.sleep(RETRY_S)
+
+    async def _take_up(self) -> None:
+        await self.store.start()
+        epoch = await next_epoch(self.store)
+        workers, _ = await self.store.scan(WORKER_PREFIX)
+        rooms, _ = await self.store.scan(ROOM_PREFIX)
+        self._records = Records(self.store, [*workers, *rooms])
+        control = ControlPlane(self.config, epoch, self._records)
+        for entry in workers:  # they register again, if they are still there
+            self._records.delete(entry.key)
+        control.rooms.remember(types.Room.FromString(entry.value) for entry in rooms)
+        await self.store.announce(PRESENCE_PREFIX + self.address, str(epoch).encode())
+        self._tasks = [asyncio.create_task(self._records.run()), asyncio.create_task(control.run_timers())]
+        self.servicer.control_plane = control
+        await self.server.set_serving(True)
+        log.info("bootstrap serves", epoch=epoch, rooms_remembered=len(rooms))
+
+    async def stop(self) -> None:
+        """End the sessions, write what is left to write, let go of the store. Idempotent."""
+        if control := self.servicer.control_plane:
+            control.close()
+        await self.server.stop(GRACE_S)
+        if self._records:
+            try:
+                async with asyncio.timeout(FLUSH_S):
+                    await self._records.flush()
+            except TimeoutError:
+                log.warning("not all records are written", store=type(self.store).__name__)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.store.close()
+
+
+async def next_epoch(store: Store) -> int:
+    """An epoch above that of every bootstrap before us, kept in the store.
+
+    Without a durable store the clock has to do: milliseconds since 1970.
+    """
+    while True:
+        entry = await store.get(EPOCH_KEY)
+        last = int(entry.value.split()[0]) if entry else 0
+        epoch = max(last + 1, 0 if store.durable else time.time_ns() // 1_000_000)
+        # the name makes the value ours alone: a repeated commit can be told from another bootstrap's
+        value = f"{epoch} {secrets.token_hex(8)}".encode()
+        [outcome] = await store.commit([Write(EPOCH_KEY, value, entry.revision if entry else ABSENT)])
+        if outcome.current and outcome.current.value == value:
+            return epoch
+
+
+async def main(config: BootstrapProcessConfig, stop: asyncio.Event) -> None:
+    """Run bootstrap until `stop` is set. Raises `MeshError` (BAD_CONFIG)."""
+    async with AsyncExitStack() as stack:
+        bootstrap = Bootstrap(config.bootstrap)
+        host = config.bootstrap.host
+        metrics_port, stop_metrics = pages.serve(host, config.metrics.metrics_port)
+        stack.callback(stop_metrics)
+        stack.push_async_callback(bootstrap.stop)
+        await bootstrap.start()
+        announce("bootstrap", grpc=bootstrap.address, metrics=f"{host}:{metrics_port}")
+        serving = asyncio.create_task(bootstrap.serve())
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            await serving  # tell why it failed, if it did
+            await stopping
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        log.info("bootstrap stops")
+
+
+def run(config: BootstrapProcessConfig) -> None:
+    """The whole life of a bootstrap process. Raises `MeshError` (BAD_CONFIG)."""
+    logs.set_up(config.log, "bootstrap")
+    loop.run(lambda stop: main(config, stop))

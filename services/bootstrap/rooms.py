@@ -1,0 +1,357 @@
+"""The rooms: the state machine's events in, its effects out."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from common.errors.base import MeshError, Reason
+from common.mesh import room as machine
+from common.mesh.outbox import Outbox
+from common.mesh.room import Effect, Party, Room, State, Timeouts
+from common.mesh.ticket import Ticket
+from common.mesh.wire import ticket_from, ticket_to
+from common.obs.log import get_logger
+from pdmesh.v1 import bootstrap_service_pb2 as pb
+from pdmesh.v1 import types_pb2 as types
+from services.bootstrap import metrics, wire
+from services.bootstrap.pairing import check_pair
+from services.bootstrap.timers import Timers
+from services.bootstrap.workers import Workers
+
+log = get_logger(__name__)
+
+RouterOutbox = Outbox[pb.MeshEvent]
+
+# Which of a room's workers may say what.
+SPEAKERS: dict[type, set[Party]] = {
+    machine.Reserved: {Party.DECODE},
+    machine.Transferring: {Party.PREFILL},
+    machine.Transferred: {Party.DECODE},
+    machine.RoomFailed: {Party.PREFILL, Party.DECODE},
+    machine.Quiet: {Party.PREFILL},
+}
+
+
+@dataclass
+class Entry:
+    """A room and who follows it. `number` orders rooms by opening; a `closed` one leaves once it is at rest."""
+
+    room: Room
+    number: int
+    router: RouterOutbox | None
+    closed: bool = False
+    retired: bool = False
+
+
+class Rooms:
+    """All rooms that are open, and the last `history` that were closed.
+
+    Everything runs in the event loop and takes effect at once; what others are to be told goes into their
+    outboxes, in order.
+    """
+
+    def __init__(
+        self,
+        now: Callable[[], float],
+        timers: Timers[tuple[str, str]],
+        *,
+        epoch: int,
+        timeouts: Timeouts,
+        history: int,
+        workers: Workers,
+        persist: Callable[[Room], None],
+        forget: Callable[[str], None],
+    ) -> None:
+        self._now = now
+        self._timers = timers
+        self._epoch = epoch
+        self._timeouts = timeouts
+        self._history = history
+        self._workers = workers
+        self._persist, self._forget = persist, forget
+        self._count = 0
+        self._entries: dict[str, Entry] = {}
+        self._by_request: dict[tuple[str, int, int], Entry] = {}
+        self._by_worker: defaultdict[str, set[str]] = defaultdict(set)
+        self._by_router: defaultdict[RouterOutbox, set[str]] = defaultdict(set)
+        self._retired: deque[str] = deque()
+
+    # ---------------------------------------------------------------------------------- of routers
+
+    def open(self, router: RouterOutbox, wanted: pb.OpenRoom) -> None:
+        """Open a room, or find the one that was opened for this request, index and attempt; answers `router`."""
+        try:
+            entry = self._by_request.get((wanted.request_id, wanted.index, wanted.attempt))
+            if entry is None:
+                entry = self._new(router, wanted)
+            elif entry.closed:
+                raise MeshError(Reason.WRONG_STATE, f"room {entry.room.ticket} was closed already")
+            else:
+                self._follow(entry, router)
+        except MeshError as error:
+            metrics.ROOMS_REFUSED.labels(error.reason).inc()
+            refused = pb.OpenRefused(
+                request_id=wanted.request_id,
+                index=wanted.index,
+                attempt=wanted.attempt,
+                reason=error.reason,
+                message=error.message,
+                retryable=error.retryable,
+            )
+            router.put(pb.MeshEvent(open_refused=refused))
+            return
+        opened = pb.RoomOpened(request_id=wanted.request_id, index=wanted.index, ticket=ticket_to(entry.room.ticket))
+        router.put(pb.MeshEvent(opened=opened))
+        if entry.room.state.terminal:
+            router.put(pb.MeshEvent(ended=wire.ended_to(entry.room)))
+
+    def abort(self, wanted: pb.AbortRoom) -> None:
+        """End a room as FAILED, if it has not ended."""
+        self._give_up(machine.Abort(ticket_from(wanted.ticket), wanted.reason or Reason.ABORTED, wanted.message))
+
+    def close(self, ticket: Ticket) -> None:
+        """The router is done with a room: it leaves once it is at rest. One that has not ended is aborted."""
+        entry = self._entries.get(ticket.room_id)
+        if entry is None or entry.room.ticket != ticket or entry.closed:
+            return
+        entry.closed = True
+        if entry.room.state.terminal:
+            self._retire_if_at_rest(entry)
+        else:
+            self._apply(entry, machine.Abort(ticket, Reason.ABORTED, "the router closed the room"))
+
+    def router_lost(self, router: RouterOutbox) -> None:
+        """Nobody follows the router's rooms any more: close them."""
+        for room_id in list(self._by_router.pop(router, ())):
+            entry = self._entries[room_id]
+            entry.router = None
+            self.close(entry.room.ticket)
+
+    # ---------------------------------------------------------------------------------- of workers
+
+    def worker_event(self, worker_id: str, event: pb.WorkerEvent) -> None:
+        """What a worker says of a room. A refusal is told to it; nothing is raised."""
+        said = wire.room_event_from(event)
+        if said is None:
+            return
+        entry = self._entries.get(said.ticket.room_id)
+        if entry is None:
+            self._unknown(worker_id, said)
+        elif self._parties(entry.room, worker_id).isdisjoint(SPEAKERS[type(said)]):
+            self._refuse(worker_id, said, Reason.NOT_FOUND, f"room {said.ticket} is not of worker {worker_id}")
+        else:
+            self._apply(entry, said, worker_id)
+
+    def worker_lost(self, worker_id: str, message: str) -> None:
+        """A worker's life ended: its rooms fail, and nobody waits for its word any more."""
+        for room_id in sorted(self._by_worker.pop(worker_id, ())):
+            entry = self._entries[room_id]
+            for party in self._parties(entry.room, worker_id):
+                self._apply(entry, machine.WorkerLost(entry.room.ticket, party, message))
+
+    def alarm(self, room_id: str) -> None:
+        """The timer of a room fired."""
+        entry = self._entries.get(room_id)
+        if entry is None:
+            return
+        deadline = entry.room.deadline
+        if deadline is None:
+            return
+        if deadline.at <= self._now():
+            self._apply(entry, machine.DeadlinePassed(entry.room.ticket))
+        else:
+            self._timers.set(("room", room_id), deadline.at)
+
+    # ---------------------------------------------------------------------------------- inspection
+
+    def remember(self, records: Iterable[types.Room]) -> None:
+        """Take rooms of an earlier bootstrap into the history; those that had not ended ended with it."""
+        for record in sorted(records, key=lambda record: record.opened_at.ToNanoseconds()):
+            room = wire.room_from(record)
+            entry = self._add(room, router=None)
+            entry.closed = True
+            if not room.state.terminal:
+                message = "bootstrap was restarted"
+                entry.room = machine.next(room, machine.Abort(room.ticket, Reason.ABORTED, message), self._now()).room
+                self._persist(entry.room)
+            elif room.state is State.FAILED:
+                # whether prefill was quiet was not written down; to release twice does no harm
+                entry.room = replace(room, quarantined=room.reservation is not None)
+            self._retire(entry)
+
+    def get(self, room_id: str) -> Room:
+        """Raises `MeshError` (NOT_FOUND)."""
+        if entry := self._entries.get(room_id):
+            return entry.room
+        raise MeshError(Reason.NOT_FOUND, f"no room {room_id!r}", parameter="room_id")
+
+    def newest_first(self, before: int | None = None) -> Iterator[tuple[int, Room]]:
+        """Rooms with their numbers, from the newest, or from the one before number `before`, back."""
+        for entry in reversed(self._entries.values()):
+            if before is None or entry.number < before:
+                yield entry.number, entry.room
+
+    # ---------------------------------------------------------------------------------- the machine's sides
+
+    def _new(self, router: RouterOutbox, wanted: pb.OpenRoom) -> Entry:
+        now = self._now()
+        members = [self._workers.get(name) for name in (wanted.prefill_worker_id, wanted.decode_worker_id)]
+        for name, member in zip((wanted.prefill_worker_id, wanted.decode_worker_id), members, strict=True):
+            if member is None:
+                raise MeshError(Reason.NO_WORKER, f"no worker {name!r}")
+        prefill, decode = (member.record for member in members if member)
+        check_pair(prefill, decode)
+        deadline = wanted.deadline.ToNanoseconds() / 1e9 if wanted.HasField("deadline") else None
+        if deadline is not None and deadline <= now:
+            raise MeshError(Reason.DEADLINE_EXCEEDED, "the request's deadline passed before its room was opened")
+        room = Room(
+            ticket=Ticket(f"{self._epoch:x}-{self._count + 1:x}", wanted.attempt, self._epoch),
+            request_id=wanted.request_id,
+            index=wanted.index,
+            prefill_worker_id=wanted.prefill_worker_id,
+            decode_worker_id=wanted.decode_worker_id,
+            opened_at=now,
+            changed_at=now,
+            timeouts=self._timeouts,
+            request_deadline=deadline,
+        )
+        entry = self._add(room, router)
+        for worker_id in (room.prefill_worker_id, room.decode_worker_id):
+            self._by_worker[worker_id].add(room.ticket.room_id)
+        self._by_router[router].add(room.ticket.room_id)
+        self._watch(entry)
+        self._persist(room)
+        metrics.ROOMS_OPENED.inc()
+        metrics.ROOMS.labels(room.state).inc()
+        log.debug("room opened", room_id=room.ticket.room_id, request_id=room.request_id, attempt=room.ticket.attempt)
+        return entry
+
+    def _add(self, room: Room, router: RouterOutbox | None) -> Entry:
+        self._count += 1
+        entry = Entry(room, self._count, router)
+        self._entries[room.ticket.room_id] = entry
+        self._by_request[room.request_id, room.index, room.ticket.attempt] = entry
+        return entry
+
+    def _follow(self, entry: Entry, router: RouterOutbox) -> None:
+        room_id = entry.room.ticket.room_id
+        if entry.router is not None:
+            self._by_router[entry.router].discard(room_id)
+        entry.router = router
+        self._by_router[router].add(room_id)
+
+    def _give_up(self, abort: machine.Abort) -> None:
+        if entry := self._entries.get(abort.ticket.room_id):
+            self._apply(entry, abort)
+
+    def _apply(self, entry: Entry, event: machine.Event, speaker: str | None = None) -> None:
+        before = entry.room
+        transition = machine.next(before, event, self._now())
+        entry.room = transition.room
+        for effect in transition.effects:
+            self._perform(effect, entry)
+        if refusal := transition.refusal:
+            self._refuse(speaker, event, refusal.reason, refusal.message)
+        if entry.room is not before:
+            if not entry.retired:
+                self._account(before, entry.room)
+            self._watch(entry)
+            self._retire_if_at_rest(entry)
+
+    def _perform(self, effect: Effect, entry: Entry) -> None:
+        room = entry.room
+        match effect:
+            case Effect.PUSH_RESERVATION:
+                self._tell(room.prefill_worker_id, pb.ControlEvent(reserved=wire.reserved_to(room)))
+            case Effect.END_PREFILL:
+                self._tell(room.prefill_worker_id, pb.ControlEvent(ended=wire.ended_to(room)))
+            case Effect.END_DECODE:
+                self._tell(room.decode_worker_id, pb.ControlEvent(ended=wire.ended_to(room)))
+            case Effect.RELEASE:
+                self._release(room.decode_worker_id, room.ticket)
+            case Effect.END_ROUTER:
+                if entry.router is not None and not entry.closed:
+                    entry.router.put(pb.MeshEvent(ended=wire.ended_to(room)))
+            case Effect.PERSIST:
+                self._persist(room)
+
+    def _unknown(self, worker_id: str, event: machine.Event) -> None:
+        """A room of an earlier bootstrap, or long gone. Nobody was told to write to its pages but by that one."""
+        if isinstance(event, machine.Quiet):
+            # its decode worker is not known here; the others do not know the ticket
+            for record in self._workers.records():
+                if record.role == types.WORKER_ROLE_DECODE:
+                    self._release(record.worker_id, event.ticket)
+            return
+        self._refuse(worker_id, event, Reason.NOT_FOUND, f"no room {event.ticket}")
+        if isinstance(event, machine.Reserved):
+            self._release(worker_id, event.ticket)
+
+    def _refuse(self, speaker: str | None, event: machine.Event, reason: Reason, message: str) -> None:
+        name = type(event).__name__
+        metrics.EVENTS_REFUSED.labels(name, reason).inc()
+        log.debug("event refused", room_id=event.ticket.room_id, event_name=name, reason=reason, why=message)
+        if speaker is not None:
+            refused = pb.EventRefused(ticket=ticket_to(event.ticket), event=name, reason=reason, message=message)
+            self._tell(speaker, pb.ControlEvent(refused=refused))
+
+    def _release(self, worker_id: str, ticket: Ticket) -> None:
+        self._tell(worker_id, pb.ControlEvent(released=pb.RoomReleased(ticket=ticket_to(ticket))))
+
+    def _tell(self, worker_id: str, event: pb.ControlEvent) -> None:
+        if member := self._workers.get(worker_id):
+            member.send(event)
+
+    def _parties(self, room: Room, worker_id: str) -> set[Party]:
+        workers = {Party.PREFILL: room.prefill_worker_id, Party.DECODE: room.decode_worker_id}
+        return {party for party, name in workers.items() if name == worker_id}
+
+    # ---------------------------------------------------------------------------------- book-keeping
+
+    def _watch(self, entry: Entry) -> None:
+        deadline = entry.room.deadline
+        key = ("room", entry.room.ticket.room_id)
+        if deadline is None:
+            self._timers.cancel(key)
+        else:
+            self._timers.set(key, deadline.at)
+
+    def _account(self, before: Room, after: Room) -> None:
+        metrics.ROOMS_QUARANTINED.inc(after.quarantined - before.quarantined)
+        if before.state is after.state:
+            return
+        metrics.ROOMS.labels(before.state).dec()
+        metrics.ROOMS.labels(after.state).inc()
+        metrics.ROOM_STATE_SECONDS.labels(before.state).observe(after.changed_at - before.changed_at)
+        if not after.state.terminal:
+            return
+        metrics.ROOMS_ENDED.labels(after.reason or State.SUCCESS).inc()
+        ids = {"room_id": after.ticket.room_id, "request_id": after.request_id}
+        if after.state is State.FAILED:
+            log.info("room failed", **ids, reason=after.reason, why=after.message, was=before.state)
+        else:
+            log.debug("room succeeded", **ids, seconds=round(after.changed_at - after.opened_at, 6))
+
+    def _retire_if_at_rest(self, entry: Entry) -> None:
+        if entry.closed and entry.room.at_rest and not entry.retired:
+            metrics.ROOMS.labels(entry.room.state).dec()
+            self._retire(entry)
+
+    def _retire(self, entry: Entry) -> None:
+        """Move a room into the history, and the oldest out of it."""
+        room = entry.room
+        room_id = room.ticket.room_id
+        entry.retired = True
+        for worker_id in (room.prefill_worker_id, room.decode_worker_id):
+            if rooms := self._by_worker.get(worker_id):
+                rooms.discard(room_id)
+        if entry.router is not None:
+            self._by_router[entry.router].discard(room_id)
+            entry.router = None
+        self._retired.append(room_id)
+        while len(self._retired) > self._history:
+            oldest = self._entries.pop(self._retired.popleft()).room
+            self._by_request.pop((oldest.request_id, oldest.index, oldest.ticket.attempt), None)
+            self._forget(oldest.ticket.room_id)

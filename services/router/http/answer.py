@@ -1,0 +1,124 @@
+"""The response of a generating call: runs the generation for as long as the client is there."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine, Iterable
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from common.errors.base import MeshError
+from services.router.http import sse
+from services.router.http.errors import error_body, error_response, json_response
+from services.router.request import Delta, GenerationRequest, Usage
+from services.router.router import Router
+
+Json = dict[str, Any]
+
+
+class Shape(ABC):
+    """How an API writes deltas."""
+
+    @abstractmethod
+    def chunks(self, delta: Delta) -> Iterable[Json]:
+        """What is streamed for a delta; perhaps nothing."""
+
+    @abstractmethod
+    def usage_chunk(self, usage: Usage) -> Json:
+        """The last chunk, for clients that want the usage."""
+
+    @abstractmethod
+    def whole(self, deltas: list[list[Delta]], usage: Usage) -> Json:
+        """The answer in one piece, from all deltas of each sequence."""
+
+
+class Answer(Response):
+    """Starts to answer with the first delta, so that what fails before it still gets its own status."""
+
+    def __init__(self, router: Router, request: GenerationRequest, shape: Shape, stream: bool, usage: bool) -> None:
+        super().__init__()
+        self._router = router
+        self._request = request
+        self._shape = shape
+        self._streamed = stream
+        self._with_usage = usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one call; gives the generation up as soon as the client disconnects."""
+        if self._streamed:
+            await while_connected(receive, self._stream(scope, receive, send))
+        else:
+            await while_connected(receive, self._whole(scope, receive, send))
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        deltas: list[list[Delta]] = [[] for _ in range(self._request.sequences)]
+        usage = Usage(0, 0, 0)
+        try:
+            async with aclosing(self._router.generate(self._request)) as generated:
+                async for delta in generated:
+                    deltas[delta.index].append(delta)
+                    usage = delta.usage or usage
+        except MeshError as error:
+            response = error_response(error, self._request.request_id)
+        else:
+            headers = {"x-request-id": self._request.request_id}
+            response = json_response(self._shape.whole(deltas, usage), headers=headers)
+        await response(scope, receive, send)
+
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+        try:
+            async with aclosing(self._router.generate(self._request)) as generated:
+                async for delta in generated:
+                    if not started:
+                        await self._start(send)
+                        started = True
+                    events = [sse.event(chunk) for chunk in self._shape.chunks(delta)]
+                    if delta.usage:
+                        events += [sse.event(self._shape.usage_chunk(delta.usage))] if self._with_usage else []
+                        events.append(sse.DONE)
+                    if events:
+                        await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
+        except MeshError as error:
+            if not started:
+                await error_response(error, self._request.request_id)(scope, receive, send)
+                return
+            body = sse.event(error_body(error), "error")
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _start(self, send: Send) -> None:
+        headers = [*sse.HEADERS, (b"x-request-id", self._request.request_id.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` until it is done, or cancel it when the client disconnects."""
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.create_task(work), asyncio.create_task(disconnected())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+
+
+def usage_json(usage: Usage) -> Json:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }

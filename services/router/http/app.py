@@ -1,0 +1,102 @@
+"""The HTTP application: routes, and errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from common.errors.base import MeshError, Reason
+from common.obs import metrics
+from services.router.http.body import parse
+from services.router.http.chat import chat
+from services.router.http.completions import complete
+from services.router.http.errors import error_response, error_type, json_response
+from services.router.http.models import list_json, model_json
+from services.router.http.schemas import ChatRequest, CompletionRequest
+from services.router.router import Router, new_request_id
+from services.router.validate import REQUEST_ID
+
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def make_app(router: Router) -> FastAPI:
+    """The application for one router."""
+    app = FastAPI(title="pdmesh", docs_url=None, redoc_url=None)
+    add_openai(app, router)
+    add_operations(app, router)
+
+    @app.exception_handler(MeshError)
+    async def refused(request: Request, error: MeshError) -> Response:
+        return error_response(error, request_id_of(request, "req"))
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        body = {"message": message, "type": error_type(error.status_code), "param": None, "code": None}
+        return json_response({"error": body}, error.status_code, dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:  # the server logs the traceback
+        wrapped = MeshError(Reason.INTERNAL, f"internal error: {type(error).__name__}")
+        return error_response(wrapped, request_id_of(request, "req"))
+
+    return app
+
+
+def add_openai(app: FastAPI, router: Router) -> None:
+    limit = router.config.max_payload_size
+
+    @app.post("/v1/completions", openapi_extra=takes(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        body = await parse(request, CompletionRequest, limit)
+        return await complete(router, body, own_request_id(request, "cmpl"))
+
+    @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        body = await parse(request, ChatRequest, limit)
+        return await chat(router, body, own_request_id(request, "chatcmpl"))
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return json_response(list_json(router.directory.models()))
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        return json_response(model_json(router.directory.get(name)))
+
+
+def add_operations(app: FastAPI, router: Router) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """The process is alive."""
+        return json_response({"status": "ok"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """The router can serve at least one model."""
+        problem = router.not_ready()
+        return json_response({"ready": not problem, "reason": problem or None}, 503 if problem else 200)
+
+    @app.get("/metrics")
+    async def metrics_page() -> Response:
+        return Response(metrics.page(), media_type=PROMETHEUS)
+
+
+def takes(schema: type[BaseModel]) -> dict[str, Any]:
+    """The request body of a route that parses it itself, for the OpenAPI document."""
+    content = {"application/json": {"schema": schema.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def own_request_id(request: Request, prefix: str) -> str:
+    """The client's `X-Request-Id`, checked later, or a new one."""
+    return request.headers.get("x-request-id") or new_request_id(prefix)
+
+
+def request_id_of(request: Request, prefix: str) -> str:
+    """The same for an error's response: an id that may not stand in a header is replaced."""
+    given = request.headers.get("x-request-id", "")
+    return given if REQUEST_ID.fullmatch(given) else new_request_id(prefix)

@@ -1,0 +1,217 @@
+"""The room's state machine: its table, and what no sequence of events may break."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from common.errors.base import Reason
+from common.mesh import room as machine
+from common.mesh.room import Effect, Party, Room, State, Timeouts, Transition
+from common.mesh.ticket import Ticket
+
+pytestmark = pytest.mark.unit
+
+TICKET = Ticket("r", 1, 7)
+NEW = Room(TICKET, "q", 0, "p", "d", 0.0, 0.0, Timeouts(10, 20, 30), request_deadline=100.0)
+RESERVED = machine.Reserved(TICKET, "pages")
+TRANSFERRING = machine.Transferring(TICKET)
+TRANSFERRED = machine.Transferred(TICKET)
+FAILED = machine.RoomFailed(TICKET, "ENGINE_FAILED", "it broke")
+ABORT = machine.Abort(TICKET, "ABORTED", "no longer wanted")
+DEADLINE = machine.DeadlinePassed(TICKET)
+PREFILL_LOST = machine.WorkerLost(TICKET, Party.PREFILL)
+DECODE_LOST = machine.WorkerLost(TICKET, Party.DECODE)
+QUIET = machine.Quiet(TICKET)
+
+END_ALL = (Effect.END_PREFILL, Effect.END_DECODE, Effect.END_ROUTER, Effect.PERSIST)
+END_AND_RELEASE = (Effect.END_PREFILL, Effect.END_DECODE, Effect.RELEASE, Effect.END_ROUTER, Effect.PERSIST)
+
+
+def after(*events: machine.Event, now: float = 1.0) -> Room:
+    room = NEW
+    for event in events:
+        room = machine.next(room, event, now).room
+    return room
+
+
+ROOMS = {
+    "bootstrapping": NEW,
+    "waiting": after(RESERVED),
+    "transferring": after(RESERVED, TRANSFERRING),
+    "success": after(RESERVED, TRANSFERRING, TRANSFERRED),
+    "failed early": after(ABORT),
+    "quarantined": after(RESERVED, ABORT),
+    "failed, quiet": after(RESERVED, ABORT, QUIET),
+}
+
+# room, event, next state, effects, refused
+TABLE: list[tuple[str, machine.Event, State, tuple[Effect, ...], bool]] = [
+    ("bootstrapping", RESERVED, State.WAITING_FOR_INPUT, (Effect.PUSH_RESERVATION, Effect.PERSIST), False),
+    ("bootstrapping", TRANSFERRING, State.BOOTSTRAPPING, (), True),
+    ("bootstrapping", TRANSFERRED, State.BOOTSTRAPPING, (), True),
+    ("bootstrapping", FAILED, State.FAILED, END_AND_RELEASE, False),
+    ("bootstrapping", ABORT, State.FAILED, END_AND_RELEASE, False),
+    ("bootstrapping", DEADLINE, State.BOOTSTRAPPING, (), True),  # not due yet
+    ("bootstrapping", QUIET, State.BOOTSTRAPPING, (), True),
+    ("bootstrapping", PREFILL_LOST, State.FAILED, END_AND_RELEASE[1:], False),
+    ("bootstrapping", DECODE_LOST, State.FAILED, (Effect.END_PREFILL, Effect.END_ROUTER, Effect.PERSIST), False),
+    ("waiting", RESERVED, State.WAITING_FOR_INPUT, (), False),
+    ("waiting", TRANSFERRING, State.TRANSFERRING, (Effect.PERSIST,), False),
+    ("waiting", TRANSFERRED, State.SUCCESS, (Effect.END_ROUTER, Effect.PERSIST), False),
+    ("waiting", ABORT, State.FAILED, END_ALL, False),
+    ("waiting", PREFILL_LOST, State.FAILED, END_AND_RELEASE[1:], False),
+    ("waiting", DECODE_LOST, State.FAILED, (Effect.END_PREFILL, Effect.END_ROUTER, Effect.PERSIST), False),
+    ("waiting", QUIET, State.WAITING_FOR_INPUT, (), True),
+    ("transferring", RESERVED, State.TRANSFERRING, (), False),
+    ("transferring", TRANSFERRING, State.TRANSFERRING, (), False),
+    ("transferring", TRANSFERRED, State.SUCCESS, (Effect.END_ROUTER, Effect.PERSIST), False),
+    ("transferring", FAILED, State.FAILED, END_ALL, False),
+    ("success", RESERVED, State.SUCCESS, (), False),
+    ("success", TRANSFERRING, State.SUCCESS, (), False),  # overtaken by decode's word
+    ("success", TRANSFERRED, State.SUCCESS, (), False),
+    ("success", ABORT, State.SUCCESS, (), True),
+    ("success", FAILED, State.SUCCESS, (), True),
+    ("success", PREFILL_LOST, State.SUCCESS, (), False),
+    ("success", DECODE_LOST, State.SUCCESS, (), False),
+    ("success", QUIET, State.SUCCESS, (), False),
+    ("failed early", RESERVED, State.FAILED, (Effect.RELEASE,), True),
+    ("failed early", TRANSFERRED, State.FAILED, (), True),
+    ("failed early", ABORT, State.FAILED, (), False),
+    ("failed early", QUIET, State.FAILED, (), False),
+    ("failed early", PREFILL_LOST, State.FAILED, (), False),
+    ("quarantined", RESERVED, State.FAILED, (), True),  # prefill may still write there
+    ("quarantined", TRANSFERRING, State.FAILED, (), True),
+    ("quarantined", TRANSFERRED, State.FAILED, (), True),
+    ("quarantined", FAILED, State.FAILED, (), False),
+    ("quarantined", QUIET, State.FAILED, (Effect.RELEASE, Effect.PERSIST), False),
+    ("quarantined", PREFILL_LOST, State.FAILED, (Effect.RELEASE, Effect.PERSIST), False),
+    ("quarantined", DECODE_LOST, State.FAILED, (Effect.PERSIST,), False),
+    ("failed, quiet", QUIET, State.FAILED, (), False),
+    ("failed, quiet", RESERVED, State.FAILED, (Effect.RELEASE,), True),
+]
+
+
+@pytest.mark.parametrize(("name", "event", "state", "effects", "refused"), TABLE)
+def test_table(name: str, event: machine.Event, state: State, effects: tuple[Effect, ...], refused: bool) -> None:
+    transition = machine.next(ROOMS[name], event, 2.0)
+    assert (transition.room.state, transition.effects) == (state, effects)
+    assert (transition.refusal is not None) is refused
+    if refused:
+        assert transition.refusal
+        assert transition.refusal.reason is Reason.WRONG_STATE
+        assert transition.room is ROOMS[name]
+
+
+@pytest.mark.parametrize("name", ROOMS)
+@pytest.mark.parametrize("ticket", [Ticket("r", 1, 6), Ticket("r", 2, 7), Ticket("s", 1, 7)])
+def test_a_stale_ticket_is_refused_in_every_state(name: str, ticket: Ticket) -> None:
+    for event in (RESERVED, TRANSFERRING, TRANSFERRED, FAILED, ABORT, DEADLINE, PREFILL_LOST, QUIET):
+        transition = machine.next(ROOMS[name], replace(event, ticket=ticket), 1e9)
+        assert transition.room is ROOMS[name]
+        assert not transition.effects
+        assert transition.refusal
+        assert transition.refusal.reason is Reason.STALE_TICKET
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "reason"),
+    [
+        ("bootstrapping", 10.0, Reason.BOOTSTRAP_TIMEOUT),
+        ("waiting", 21.0, Reason.WAITING_TIMEOUT),
+        ("transferring", 31.0, Reason.TRANSFER_TIMEOUT),
+    ],
+)
+def test_each_state_has_its_deadline(name: str, at: float, reason: Reason) -> None:
+    assert machine.next(ROOMS[name], DEADLINE, at - 0.001).refusal
+    expired = machine.next(ROOMS[name], DEADLINE, at).room
+    assert (expired.state, expired.reason) == (State.FAILED, reason)
+
+
+def test_the_requests_own_deadline_counts_where_it_is_earlier() -> None:
+    room = replace(NEW, request_deadline=3.0)
+    assert room.deadline
+    assert room.deadline.at == 3.0
+    assert machine.next(room, DEADLINE, 3.0).room.reason == Reason.DEADLINE_EXCEEDED
+    assert ROOMS["success"].deadline is None
+
+
+def test_another_reservation_for_the_same_room_is_refused() -> None:
+    transition = machine.next(ROOMS["waiting"], machine.Reserved(TICKET, "other pages"), 2.0)
+    assert transition.refusal
+    assert transition.room.reservation == "pages"
+    assert Effect.RELEASE not in transition.effects
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Events in any order, repeated, delayed and stale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.room = NEW
+        self.now = 0.0
+        self.seen: list[Effect] = []
+        self.prefill_may_write = False
+
+    def apply(self, event: machine.Event) -> Transition:
+        before = self.room
+        transition = machine.next(before, event, self.now)
+        self.room = transition.room
+        self.seen += transition.effects
+        if before.state.terminal:
+            assert self.room.state is before.state
+            assert (self.room.reason, self.room.message) == (before.reason, before.message)
+        if transition.refusal:
+            assert self.room is before
+        if event.ticket != TICKET:
+            assert transition.refusal
+        if Effect.PUSH_RESERVATION in transition.effects:
+            self.prefill_may_write = True
+        if isinstance(event, machine.Quiet | machine.WorkerLost) and not transition.refusal:
+            self.prefill_may_write = False
+        if Effect.RELEASE in transition.effects:
+            assert not self.prefill_may_write, "pages released under a writer"
+        if not before.state.terminal and self.room.state.terminal:
+            assert Effect.END_ROUTER in transition.effects
+        if self.room != before:
+            assert transition.effects[-1] is Effect.PERSIST
+            again = machine.next(self.room, event, self.now)
+            assert again.room is self.room, "a repeated event changed something"
+        return transition
+
+    @rule(event=st.sampled_from([RESERVED, TRANSFERRING, TRANSFERRED, FAILED, ABORT, DEADLINE, QUIET]))
+    def said(self, event: machine.Event) -> None:
+        self.apply(event)
+
+    @rule(event=st.sampled_from([PREFILL_LOST, DECODE_LOST]))
+    def lost(self, event: machine.Event) -> None:
+        self.apply(event)
+
+    @rule(event=st.sampled_from([RESERVED, TRANSFERRED, FAILED, QUIET]), epoch=st.integers(0, 6))
+    def stale(self, event: Any, epoch: int) -> None:
+        self.apply(replace(event, ticket=Ticket("r", 1, epoch)))
+
+    @rule(seconds=st.floats(0, 50))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    @invariant()
+    def ends_at_most_once(self) -> None:
+        for effect in (Effect.END_ROUTER, Effect.END_PREFILL, Effect.END_DECODE, Effect.PUSH_RESERVATION):
+            assert self.seen.count(effect) <= 1
+        assert self.room.quarantined <= (self.room.state is State.FAILED)
+
+    @invariant()
+    def time_alone_ends_it(self) -> None:
+        ended = machine.next(self.room, DEADLINE, self.now + 1000).room
+        assert ended.state.terminal
+        assert machine.next(ended, QUIET, self.now + 1000).room.at_rest
+
+
+AnyOrder.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestAnyOrder = AnyOrder.TestCase
