@@ -59,7 +59,7 @@ class RouterSession(Session[pb.RouterEvent, pb.MeshEvent]):
                 return await answer
         except (TimeoutError, asyncio.CancelledError) as left:
             if answer.done() and not answer.cancelled() and not answer.exception():
-                self.close_room(answer.result())  # it came at the last moment
+                self._unwanted(answer.result())  # it came at the last moment
             if isinstance(left, TimeoutError):
                 raise unreachable(self.address, f"no answer within {timeout_s:g} s") from None
             raise
@@ -72,7 +72,7 @@ class RouterSession(Session[pb.RouterEvent, pb.MeshEvent]):
         self.outbox.put(pb.RouterEvent(abort=abort))
 
     def close_room(self, ticket: Ticket) -> None:
-        """The sequence is over: nothing more is told about the room. One that has not ended is aborted."""
+        """The sequence is over: nothing more is told about the room. To give one up, abort it first."""
         self._open.discard(ticket)
         self.outbox.put(pb.RouterEvent(close=pb.CloseRoom(ticket=ticket_to(ticket))))
 
@@ -120,6 +120,10 @@ class RouterSession(Session[pb.RouterEvent, pb.MeshEvent]):
             if self.on_room_ended and not self.closing:
                 self.on_room_ended(ended)
 
+    def _unwanted(self, ticket: Ticket) -> None:
+        self.abort_room(ticket, Reason.ABORTED, "whoever opened the room has left")
+        self.close_room(ticket)
+
     def _changed(self) -> None:
         if self.on_workers_changed:
             self.on_workers_changed()
@@ -138,8 +142,8 @@ class RouterSession(Session[pb.RouterEvent, pb.MeshEvent]):
         if answer is not None and not answer.done():
             self._open.add(ticket)
             answer.set_result(ticket)
-        elif ticket not in self._open:  # whoever wanted it has left
-            self.close_room(ticket)
+        elif ticket not in self._open:
+            self._unwanted(ticket)
 
     def _open_refused(self, refused: pb.OpenRefused) -> None:
         answer = self._opening.get((refused.request_id, refused.index, refused.attempt))

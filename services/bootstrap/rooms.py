@@ -112,22 +112,25 @@ class Rooms:
         self._give_up(machine.Abort(ticket_from(wanted.ticket), wanted.reason or Reason.ABORTED, wanted.message))
 
     def close(self, ticket: Ticket) -> None:
-        """The router is done with a room: it leaves once it is at rest. One that has not ended is aborted."""
+        """The router is done with a room: it leaves once it is at rest.
+
+        Not an abort: a short sequence may be over for the router before decode's news of the transfer is here.
+        """
         entry = self._entries.get(ticket.room_id)
-        if entry is None or entry.room.ticket != ticket or entry.closed:
+        if entry is None or entry.room.ticket != ticket:
             return
         entry.closed = True
-        if entry.room.state.terminal:
-            self._retire_if_at_rest(entry)
-        else:
-            self._apply(entry, machine.Abort(ticket, Reason.ABORTED, "the router closed the room"))
+        self._retire_if_at_rest(entry)
 
     def router_lost(self, router: RouterOutbox) -> None:
-        """Nobody follows the router's rooms any more: close them."""
-        for room_id in list(self._by_router.pop(router, ())):
+        """Nobody follows the router's rooms any more: abort those that have not ended, and close all."""
+        for room_id in sorted(self._by_router.pop(router, ())):
             entry = self._entries[room_id]
-            entry.router = None
-            self.close(entry.room.ticket)
+            entry.router, entry.closed = None, True
+            if entry.room.state.terminal:
+                self._retire_if_at_rest(entry)
+            else:
+                self._apply(entry, machine.Abort(entry.room.ticket, Reason.ABORTED, "the router is gone"))
 
     # ---------------------------------------------------------------------------------- of workers
 

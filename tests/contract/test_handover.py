@@ -52,6 +52,7 @@ class Side:
 
     engine: Engine
     backend: TransferBackend
+    memory: memoryview  # its pool
     handover: Any
     said: list[Any]
 
@@ -129,9 +130,15 @@ def make_side(folder: Path, backend_name: str, waker: Waker, make_handover: Call
         model_path=str(folder), dtype="float32", chunked_prefill_size=64, max_total_tokens=2048, device="cpu"
     )
     backend = create(backend_name, TransferConfig(), waker.wake)
-    engine = build_engine(config, backend.allocate)
+    memory: list[memoryview] = []
+
+    def allocate(nbytes: int) -> memoryview:
+        memory.append(backend.allocate(nbytes))
+        return memory[0]
+
+    engine = build_engine(config, allocate)
     said: list[Any] = []
-    return Side(engine, backend, make_handover(engine, backend, said.append), said)
+    return Side(engine, backend, memory[0], make_handover(engine, backend, said.append), said)
 
 
 @pytest.fixture(params=["local", "mooncake", "nixl"])
@@ -168,7 +175,9 @@ def test_control_an_overwritten_page_changes_the_output(pair: Pair, model: tuple
         ledger = pair.decode.engine.allocator.ledger
         reserved = [page for page in range(ledger.num_pages) if ledger.state(page) is PageState.RESERVED]
         if reserved:
-            pair.decode.engine.runner.pool.tensor[reserved[len(reserved) // 2]] = 0
+            page_bytes = pair.decode.engine.runner.layout.page_bytes
+            start = reserved[len(reserved) // 2] * page_bytes
+            pair.decode.memory[start : start + page_bytes] = bytes(page_bytes)
 
     pair.before_adoption = overwrite
     assert pair.outputs(1)[1] != answer.token_ids

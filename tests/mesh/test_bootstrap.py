@@ -171,6 +171,20 @@ async def test_a_room_from_open_to_close(mesh: Mesh) -> None:
     assert decode.told.items.empty()
 
 
+async def test_a_room_may_be_closed_before_decodes_news_of_it_is_here(mesh: Mesh) -> None:
+    await mesh.start()
+    prefill, decode, router, ended = await mesh.all()
+    ticket = await router.open_room(wanted(), 5)
+    decode.say(reserved=reserved(ticket))
+    await prefill.told.kind("reserved")
+    router.close_room(ticket)
+    await router.open_room(wanted("next"), 5)  # the close has been heard
+    decode.say(transferred=pb.RoomTransferred(ticket=ticket_to(ticket)))
+    decode.say(transferred=pb.RoomTransferred(ticket=ticket_to(Ticket("none", 1, 1))))
+    assert (await decode.told.kind("refused")).reason == "NOT_FOUND"  # and so have the words before
+    assert (await mesh.room(ticket)).state == types.ROOM_STATE_SUCCESS
+
+
 async def test_abort_before_the_reservation_releases_at_once_and_refuses_it_later(mesh: Mesh) -> None:
     await mesh.start()
     prefill, decode, router, ended = await mesh.all()
@@ -191,7 +205,8 @@ async def test_abort_after_the_push_releases_when_prefill_is_quiet(mesh: Mesh) -
     ticket = await router.open_room(wanted(), 5)
     decode.say(reserved=reserved(ticket))
     await prefill.told.kind("reserved")
-    router.close_room(ticket)  # the client left
+    router.abort_room(ticket, Reason.ABORTED, "the client left")
+    router.close_room(ticket)
     await prefill.told.kind("ended")
     await decode.told.kind("ended")
     prefill.say(quiet=pb.RoomQuiet(ticket=ticket_to(ticket)))
