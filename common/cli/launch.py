@@ -30,8 +30,8 @@ SERVICES = (RouterProcessConfig, WorkerConfig, BootstrapProcessConfig)
 WORKER_ROLES = ("prefill", "decode", "unified")
 MEMORY_SHARE = 0.8
 RETRY_S = 0.1
-# Most seconds that a stage gets to stop in, beyond the drain for the first of them; then it is killed.
-ROUTER_STOP_S, WORKERS_STOP_S, BOOTSTRAP_STOP_S = 2.0, 2.0, 2.0
+# Seconds after the drain's end by which a stage has stopped; what has not is killed. All is over within 10 s.
+ROUTER_STOP_S, WORKERS_STOP_S, BOOTSTRAP_STOP_S = 1.5, 5.0, 6.0
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,12 @@ class Launch:
 
     async def stop(self) -> None:
         """Stop all that runs: the router, then the workers, then bootstrap."""
+        drain_s = self.config.drain_timeout
         await self.supervisor.stop(
             [
-                (self.of("router"), self.config.drain_timeout + ROUTER_STOP_S),
-                (self.of(*WORKER_ROLES), WORKERS_STOP_S),
-                (self.of("bootstrap"), BOOTSTRAP_STOP_S),
+                (self.of("router"), drain_s + ROUTER_STOP_S),
+                (self.of(*WORKER_ROLES), drain_s + WORKERS_STOP_S),
+                (self.of("bootstrap"), drain_s + BOOTSTRAP_STOP_S),
             ]
         )
 

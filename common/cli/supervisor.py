@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -144,14 +145,15 @@ class Supervisor:
         return ChildEnded(f"{child.name} (pid {child.pid}) {how}: {words or 'it said nothing'}")
 
     async def stop(self, stages: Sequence[tuple[Sequence[Child], float]]) -> None:
-        """SIGTERM to one stage after the other; what outlives its stage's seconds is killed."""
+        """SIGTERM to one stage after the other. A stage has until so many seconds from now; then it is killed."""
         self.stopping = True
+        started = time.monotonic()
         try:
-            for children, limit_s in stages:
+            for children, until_s in stages:
                 running = [child for child in children if not child.ended.is_set()]
                 for child in running:
                     child.process.send_signal(signal.SIGTERM)
-                await self._wait_or_kill(running, limit_s)
+                await self._wait_or_kill(running, started + until_s - time.monotonic())
             await self._wait_or_kill(self.children, 0)
         finally:
             for child in self.children:
@@ -166,7 +168,7 @@ class Supervisor:
         ends = [asyncio.create_task(child.ended.wait()) for child in children]
         if not ends:
             return
-        await asyncio.wait(ends, timeout=limit_s)
+        await asyncio.wait(ends, timeout=max(0.0, limit_s))
         for child in children:
             if not child.ended.is_set():
                 print(f"pdmesh: {child.name} (pid {child.pid}) does not stop: killed", file=sys.stderr, flush=True)

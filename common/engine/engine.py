@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from common.engine.config import EngineConfig
+from common.engine.messages import Ledger, Load, SequenceFailed, TokenLogprobs, Tokens
 from common.engine.request import Sequence, Status
 from common.engine.runner import Chunk
 from common.engine.sampler import Sampled, sample
@@ -19,7 +20,6 @@ from common.kvcache.allocator import PageAllocator
 from common.kvcache.layout import KvLayout
 from common.kvcache.ledger import PageState
 from common.obs.log import get_logger
-from common.worker.messages import Ledger, Load, SequenceFailed, TokenLogprobs, Tokens
 
 log = get_logger(__name__)
 

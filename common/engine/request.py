@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from common.worker.messages import Sampling
+from common.engine.messages import Sampling
 
 if TYPE_CHECKING:  # so that scheduling needs no torch
     from common.engine.penalties import TokenCounts

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common.engine.messages import Sampling, TokenLogprobs
 from common.engine.penalties import Penalties, TokenCounts, apply_penalties
 from common.engine.request import Sequence
 from common.engine.uniform import uniforms
-from common.worker.messages import Sampling, TokenLogprobs
 
 BLOCK_TOKENS = 256
 HEAD_TOKENS = 1024  # the heaviest tokens, among which top-k and top-p nearly always end

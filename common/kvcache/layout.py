@@ -8,10 +8,11 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class KvLayout(msgspec.Struct, frozen=True):
-    """One page holds `page_size` tokens of all layers: `[num_layers, 2, page_size, num_kv_heads, head_dim]`.
+    """One page holds `page_size` tokens of all layers: `[num_layers, 2, num_kv_heads, page_size, head_dim]`.
 
     A page is one piece of memory, so that a hand-over moves few, large pieces and consecutive pages
-    make one. Two workers pair only when their layouts are equal.
+    make one. Within a layer a head's tokens are one piece, which attention reads and a hand-over between
+    different numbers of ranks may cut. Two workers pair only when their layouts are equal.
     """
 
     dtype: str

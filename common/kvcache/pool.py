@@ -17,13 +17,13 @@ class KvPool:
     """Pages `0 .. num_pages - 1` of one layout, in one piece of memory.
 
     Every index is a page that a sequence may own and a peer may write to; there is no scratch page. Slots of a
-    page that hold no token yet are zero (the model runner clears a page when its first slot is written), so a
-    page shows nothing of its former owner, neither to arithmetic nor to a peer.
+    page that hold no token yet are zero (attention clears a page when its first slot is written), so a page
+    shows nothing of its former owner, neither to arithmetic nor to a peer.
 
     Attributes:
         layout: Shape of one page.
         num_pages: Number of pages.
-        tensor: `[num_pages, num_layers, 2, page_size, num_kv_heads, head_dim]`, contiguous.
+        tensor: `[num_pages, num_layers, 2, num_kv_heads, page_size, head_dim]`, contiguous.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class KvPool:
         self.layout = layout
         self.num_pages = num_pages
         device = torch.device(device)
-        shape = (num_pages, layout.num_layers, 2, layout.page_size, layout.num_kv_heads, layout.head_dim)
+        shape = (num_pages, layout.num_layers, 2, layout.num_kv_heads, layout.page_size, layout.head_dim)
         dtype = TORCH_DTYPE[layout.dtype]
         if buffer is not None and device.type != "cpu":
             raise ValueError(f"a host buffer cannot hold a pool on {device}")

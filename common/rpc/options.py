@@ -19,7 +19,7 @@ COMMON: Options = [
 SERVER: Options = [
     *COMMON,
     # Lower than the clients' keepalive, or they are answered with too_many_pings.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     # gRPC's default would let two servers share a port, and requests reach either.
     ("grpc.so_reuseport", 0),
 ]

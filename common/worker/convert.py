@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from common.engine.messages import Ledger, Load, Sampling, SequenceFailed, TokenLogprobs, Tokens
 from common.errors.base import STATUS, Reason
 from common.mesh.wire import ticket_from, ticket_to
 from common.worker.messages import (
-    Ledger,
-    Load,
     RankReady,
     RankReservation,
     RoomEnded,
@@ -16,10 +15,6 @@ from common.worker.messages import (
     RoomReserved,
     RoomTransferred,
     RoomTransferring,
-    Sampling,
-    SequenceFailed,
-    TokenLogprobs,
-    Tokens,
 )
 from pdmesh.v1 import bootstrap_service_pb2 as bootstrap_pb
 from pdmesh.v1 import decode_service_pb2 as decode_pb

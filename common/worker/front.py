@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from common.engine.messages import Ledger, Load, SequenceFailed, Tokens
 from common.errors.base import MeshError, Reason
 from common.mesh.wire import ticket_from
 from common.mesh.worker_session import WorkerSession
@@ -24,18 +25,7 @@ from common.rpc.announce import announce
 from common.rpc.server import Server, Service, make_server
 from common.worker import convert
 from common.worker.config import WorkerConfig
-from common.worker.messages import (
-    AbortSequence,
-    FromRank,
-    Ledger,
-    Load,
-    Prefilled,
-    RankFailed,
-    RankReady,
-    SequenceFailed,
-    StartSequence,
-    Tokens,
-)
+from common.worker.messages import AbortSequence, FromRank, Prefilled, RankFailed, RankReady, StartSequence
 from common.worker.ranks import RankProcess
 from common.worker.sessions import Session, Sessions
 from pdmesh.v1 import bootstrap_service_pb2 as bootstrap_pb
@@ -52,7 +42,7 @@ LOAD_INTERVAL_S = 0.1
 KV_PAGES = metrics.gauge("kv_pages", "Pages of the KV pool by ledger state.", ("state",))
 RUNNING = metrics.gauge("running_sequences", "Sequences in the running batch.")
 WAITING = metrics.gauge("waiting_sequences", "Sequences that wait for a slot, pages or a hand-over.")
-GENERATED = metrics.counter("generated_tokens_total", "Tokens sampled.")
+GENERATED = metrics.counter("generated_tokens_total", "Tokens sent to routers.")
 ENDED = metrics.counter("sequences_ended_total", "Sequences that ended on this worker.", ("outcome",))
 
 

@@ -9,12 +9,12 @@ import msgspec
 import zmq
 
 from common.engine.engine import Engine, StepResult
+from common.engine.messages import Load, SequenceFailed, Tokens
 from common.engine.request import Sequence
 from common.errors.base import MeshError, Reason
 from common.worker.messages import (
     AbortSequence,
     FromRank,
-    Load,
     Prefilled,
     RankFailed,
     RankReady,
@@ -25,10 +25,8 @@ from common.worker.messages import (
     RoomReserved,
     RoomTransferred,
     RoomTransferring,
-    SequenceFailed,
     StartSequence,
     Stop,
-    Tokens,
     ToRank,
 )
 from common.worker.waker import Waker

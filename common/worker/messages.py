@@ -8,41 +8,11 @@ from __future__ import annotations
 
 import msgspec
 
+from common.engine.messages import Load, Message, Sampling, SequenceFailed, Tokens
 from common.kvcache.layout import KvLayout
 from common.mesh.ticket import Ticket
 
-
-class Message(msgspec.Struct, array_like=True, tag=True):
-    """Base of all messages: a tagged array on the wire."""
-
-
 # ------------------------------------------------------------------------------------------ shared parts
-
-
-class Sampling(msgspec.Struct, frozen=True, array_like=True):
-    """`pdmesh.v1.SamplingParams` with every default resolved. Stop strings stay with the router."""
-
-    max_new_tokens: int = 128
-    min_new_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    seed: int = 0
-    logprobs: int | None = None
-
-
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities at one output position: the chosen token's, and the `k` most likely, best first."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 class RankReservation(msgspec.Struct, frozen=True, array_like=True):
@@ -52,25 +22,6 @@ class RankReservation(msgspec.Struct, frozen=True, array_like=True):
     backend: str
     descriptor: bytes
     extents: tuple[tuple[int, int], ...]
-
-
-class Ledger(msgspec.Struct, frozen=True, array_like=True):
-    """Pages by state; the sum is constant."""
-
-    free: int
-    reserved: int = 0
-    in_use: int = 0
-    cached: int = 0
-    quarantined: int = 0
-
-
-class Load(msgspec.Struct, frozen=True, array_like=True):
-    """Load of a rank at the end of a step."""
-
-    running: int
-    waiting: int
-    waiting_tokens: int
-    ledger: Ledger
 
 
 # ------------------------------------------------------------------------------------------ front → rank
@@ -149,30 +100,11 @@ class RankFailed(Message):
     message: str
 
 
-class Tokens(Message):
-    """New tokens of a sequence; `finish` is "", "stop", "length" or "abort"."""
-
-    sequence_id: int
-    offset: int
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs]
-    finish: str = ""
-    cached_tokens: int = 0
-
-
 class Prefilled(Message):
     """Prefill: the prompt is computed and all its pages are with decode."""
 
     sequence_id: int
     cached_tokens: int = 0
-
-
-class SequenceFailed(Message):
-    """The sequence ended without finishing; its pages are given back or in quarantine."""
-
-    sequence_id: int
-    reason: str
-    message: str
 
 
 class RoomTransferring(Message):

@@ -109,7 +109,9 @@ class Rooms:
 
     def abort(self, wanted: pb.AbortRoom) -> None:
         """End a room as FAILED, if it has not ended."""
-        self._give_up(machine.Abort(ticket_from(wanted.ticket), wanted.reason or Reason.ABORTED, wanted.message))
+        ticket = ticket_from(wanted.ticket)
+        if entry := self._entries.get(ticket.room_id):
+            self._apply(entry, machine.Abort(ticket, wanted.reason or Reason.ABORTED, wanted.message))
 
     def close(self, ticket: Ticket) -> None:
         """The router is done with a room: it leaves once it is at rest.
@@ -244,10 +246,6 @@ class Rooms:
             self._by_router[entry.router].discard(room_id)
         entry.router = router
         self._by_router[router].add(room_id)
-
-    def _give_up(self, abort: machine.Abort) -> None:
-        if entry := self._entries.get(abort.ticket.room_id):
-            self._apply(entry, abort)
 
     def _apply(self, entry: Entry, event: machine.Event, speaker: str | None = None) -> None:
         before = entry.room

@@ -10,6 +10,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 from common.engine.engine import Engine, StepResult
+from common.engine.messages import SequenceFailed, TokenLogprobs, Tokens
 from common.engine.request import Sequence
 from common.errors.base import MeshError, Reason
 from common.kvcache.extents import to_extents
@@ -27,10 +28,7 @@ from common.worker.messages import (
     RoomReleased,
     RoomReserved,
     RoomTransferred,
-    SequenceFailed,
     StartSequence,
-    TokenLogprobs,
-    Tokens,
 )
 
 log = get_logger(__name__)

@@ -7,10 +7,10 @@ from typing import Any
 
 import grpc
 
+from common.engine.messages import SequenceFailed, Tokens
 from common.rpc.server import Service
 from common.worker import convert, sessions
 from common.worker.front import Front, Role, SequenceNews
-from common.worker.messages import SequenceFailed, Tokens
 from pdmesh.v1 import decode_service_pb2 as pb
 from pdmesh.v1 import decode_service_pb2_grpc as pb_grpc
 from pdmesh.v1 import types_pb2

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from common.engine.engine import Engine, StepResult
+from common.engine.messages import SequenceFailed, Tokens
 from common.engine.request import Sequence
 from common.errors.base import MeshError, Reason
 from common.mesh.ticket import Ticket
@@ -31,9 +32,7 @@ from common.worker.messages import (
     RoomReleased,
     RoomReserved,
     RoomTransferring,
-    SequenceFailed,
     StartSequence,
-    Tokens,
 )
 
 log = get_logger(__name__)

@@ -7,10 +7,11 @@ from typing import Any
 
 import grpc
 
+from common.engine.messages import SequenceFailed
 from common.rpc.server import Service
 from common.worker import convert, sessions
 from common.worker.front import Front, Role, SequenceNews
-from common.worker.messages import Prefilled, SequenceFailed
+from common.worker.messages import Prefilled
 from pdmesh.v1 import prefill_service_pb2 as pb
 from pdmesh.v1 import prefill_service_pb2_grpc as pb_grpc
 from pdmesh.v1 import types_pb2

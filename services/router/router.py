@@ -83,6 +83,8 @@ class Router:
         if not prompt:
             name = draft.names.get("prompt", "prompt")
             raise MeshError(Reason.EMPTY_PROMPT, f"{name} is empty", parameter=name)
+        if len(prompt) > (limit := self.config.max_payload_size):
+            raise MeshError(Reason.BODY_TOO_LARGE, f"the prompt exceeds {limit} characters", parameter="prompt")
         encode = texts.need_tokenizer().encode
         if len(prompt) <= INLINE_CHARACTERS:
             return encode(prompt, draft.add_special_tokens)

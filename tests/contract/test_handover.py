@@ -15,6 +15,7 @@ import pytest
 
 from common.engine.config import EngineConfig
 from common.engine.engine import Engine
+from common.engine.messages import Sampling, SequenceFailed, Tokens
 from common.kvcache.ledger import PageState
 from common.mesh.ticket import Ticket
 from common.transfer.base import TransferBackend, TransferConfig
@@ -28,10 +29,7 @@ from common.worker.messages import (
     RoomReserved,
     RoomTransferred,
     RoomTransferring,
-    Sampling,
-    SequenceFailed,
     StartSequence,
-    Tokens,
 )
 from common.worker.rank import build_engine
 from common.worker.waker import Waker

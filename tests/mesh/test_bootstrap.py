@@ -173,7 +173,7 @@ async def test_a_room_from_open_to_close(mesh: Mesh) -> None:
 
 async def test_a_room_may_be_closed_before_decodes_news_of_it_is_here(mesh: Mesh) -> None:
     await mesh.start()
-    prefill, decode, router, ended = await mesh.all()
+    prefill, decode, router, _ = await mesh.all()
     ticket = await router.open_room(wanted(), 5)
     decode.say(reserved=reserved(ticket))
     await prefill.told.kind("reserved")

@@ -12,7 +12,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from tests.mesh.scripted import BOS, CONTEXT, Scripted, failing, saying, scripted, until
+from tests.mesh.scripted import BOS, CONTEXT, Scripted, failing, saying, scripted, stalling, until
 
 pytestmark = pytest.mark.mesh
 
@@ -297,12 +297,10 @@ async def test_the_client_raises_its_own_errors(mesh: Scripted, client: AsyncOpe
     with pytest.raises(openai.RateLimitError):
         await client.completions.create(model="bytes", prompt="hi", stream=True)
     mesh.workers["unified"].script = failing("ENGINE_FAILED", after="ab")
-    stream = await client.completions.create(model="bytes", prompt="hi", stream=True)
-    texts = []
+    chunks = aiter(await client.completions.create(model="bytes", prompt="hi", stream=True))
+    assert (await anext(chunks)).choices[0].text == "ab"
     with pytest.raises(openai.APIError, match="as the test has it"):
-        async for chunk in stream:
-            texts.append(chunk.choices[0].text)
-    assert texts == ["ab"]
+        await anext(chunks)
 
 
 # ---------------------------------------------------------------------------------------- the rest
@@ -332,9 +330,9 @@ async def test_operations(http: httpx.AsyncClient) -> None:
 
 
 async def test_a_stream_left_early_is_aborted(mesh: Scripted, client: AsyncOpenAI) -> None:
-    mesh.workers["unified"].script = saying("x" * 400)
-    stream = await client.completions.create(model="bytes", prompt="hi", stream=True, max_tokens=400)
+    mesh.workers["unified"].script = stalling()
+    stream = await client.completions.create(model="bytes", prompt="hi", stream=True)
     await anext(aiter(stream))
     await stream.close()
     worker = mesh.workers["unified"]
-    await until(lambda: not worker.running)
+    await until(lambda: worker.aborts == [worker.starts[0].sequence_id])

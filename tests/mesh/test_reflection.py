@@ -53,7 +53,7 @@ def test_every_process_is_healthy(mesh: Mesh, role: str) -> None:
 def test_generate_by_json(mesh: Mesh) -> None:
     request = {"prompt": "2 + 2 =", "sampling": {"maxNewTokens": 4, "temperature": 0, "ignoreEos": True}}
     url = f"http://{mesh.grpc}/pdmesh.v1.RouterService/Generate"
-    (answer,) = [json.loads(line) for line in buf_curl("-d", json.dumps(request), url).splitlines()]
+    answer = json.loads(buf_curl("-d", json.dumps(request), url))
     assert len(answer["tokenIds"]) == 4
     assert answer["finishReason"] == "FINISH_REASON_LENGTH"
     assert answer["usage"]["completionTokens"] == 4

@@ -43,8 +43,10 @@ def test_equals_textbook(layer: int) -> None:
     for start, length in spans:
         pages = [free.pop() for _ in range(LAYOUT.pages_for(start + length))]
         kv_2SKD = torch.randn(2, start + length, KV_HEADS, HEAD_DIM)
+        if start % PAGE:  # as it was left by the step that began it
+            pool.tensor[pages[start // PAGE]] = 0
         for position in range(start):
-            pool.tensor[pages[position // PAGE], layer, :, position % PAGE] = kv_2SKD[:, position]
+            pool.tensor[pages[position // PAGE], layer, :, :, position % PAGE] = kv_2SKD[:, position]
         known.append(kv_2SKD)
         planned.append(Span(start, length, [*pages, 0]))
     q_THD = torch.randn(sum(length for _, length in spans), HEADS, HEAD_DIM)
@@ -57,7 +59,7 @@ def test_equals_textbook(layer: int) -> None:
     for (k_SKD, v_SKD), span in zip(known, planned, strict=True):
         rows = slice(row, row + span.length)
         torch.testing.assert_close(out[rows], textbook(q_THD[rows], k_SKD, v_SKD), atol=2e-6, rtol=1e-5)
-        stored = pool.tensor[span.pages[(span.end - 1) // PAGE], layer, :, (span.end - 1) % PAGE]
+        stored = pool.tensor[span.pages[(span.end - 1) // PAGE], layer, :, :, (span.end - 1) % PAGE]
         torch.testing.assert_close(stored, torch.stack((k_SKD[-1], v_SKD[-1])))
         row += span.length
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from common.engine.engine import Engine, Progress, StepResult
+from common.engine.messages import Sampling, TokenLogprobs, Tokens
 from common.engine.request import Sequence, Status
 from common.errors.base import MeshError, Reason
 from common.kvcache.ledger import PageState
-from common.worker.messages import Sampling, TokenLogprobs, Tokens
 from tests.toys import EOS, VOCAB_SIZE, ToyRunner, greedy, toy_engine, toy_logits
 
 pytestmark = pytest.mark.unit

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from common.engine.config import EngineConfig
 from common.engine.engine import Engine
+from common.engine.messages import Sampling, TokenLogprobs
 from common.engine.request import Sequence
 from common.kvcache.ledger import PageState
 from common.kvcache.pool import allocate_host
-from common.worker.messages import Sampling, TokenLogprobs
 from common.worker.rank import build_engine
 from tests.checkpoints import Answer, Oracle, make_checkpoint
 

@@ -13,18 +13,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from common.engine.messages import Load, Sampling, SequenceFailed, Tokens
 from common.errors.base import MeshError, Reason
 from common.mesh.ticket import Ticket
-from common.worker.messages import (
-    AbortSequence,
-    FromRank,
-    Load,
-    RoomEnded,
-    Sampling,
-    SequenceFailed,
-    StartSequence,
-    Tokens,
-)
+from common.worker.messages import AbortSequence, FromRank, RoomEnded, StartSequence
 from common.worker.ranks import RankProcess, rank_environment
 from tests.toys import greedy
 

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from common.errors.base import STATUS, MeshError, Reason
 from common.rpc.channel import connect, error_from
+from common.rpc.options import CHANNEL, SERVER, Options
 from common.rpc.reflection import V1, V1ALPHA
 from common.rpc.server import Server, Service, make_server
 from common.rpc.status import to_trailers
@@ -153,3 +154,29 @@ def test_every_reason_has_a_status_and_stands_in_the_proto() -> None:
 def test_an_error_without_our_details_keeps_its_meaning() -> None:
     foreign = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "gone")
     assert error_from(foreign).reason is Reason.WORKER_LOST
+
+
+async def test_a_quiet_stream_outlives_its_keepalive_pings() -> None:
+    """The server must expect the client's pings, or it ends the connection with too_many_pings after a few.
+
+    Same options as in service, all times a twentieth: an option whose name gRPC does not know would show.
+    """
+
+    def faster(options: Options) -> Options:
+        return [(name, value // 20 if name.endswith("_ms") else value) for name, value in options]  # type: ignore
+
+    server = grpc.aio.server(options=faster(SERVER))
+    pb_grpc.add_BootstrapServiceServicer_to_server(Failing(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=faster(CHANNEL)) as channel:
+            call = pb_grpc.BootstrapServiceStub(channel).RouterSession()
+            answer = asyncio.create_task(call.read())
+            await asyncio.wait([answer], timeout=4)  # eight quiet pings; the third unexpected one would be fatal
+            assert not answer.done()
+            await call.write(pb.RouterSessionRequest())
+            assert await answer == pb.RouterSessionResponse()
+            call.cancel()
+    finally:
+        await server.stop(0)

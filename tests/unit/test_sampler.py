@@ -15,11 +15,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from common.engine.messages import Sampling
 from common.engine.penalties import Penalties, TokenCounts, apply_penalties
 from common.engine.request import Sequence
 from common.engine.sampler import cut, draw, invert, least_weights, sample
 from common.engine.uniform import GOLDEN_GAMMA, mix, uniforms
-from common.worker.messages import Sampling
 
 pytestmark = pytest.mark.unit
 

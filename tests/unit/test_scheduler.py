@@ -6,10 +6,10 @@ import random
 
 import pytest
 
+from common.engine.messages import Sampling
 from common.engine.request import Sequence, Status
 from common.engine.scheduler import Limits, Plan, Queue, enqueue, schedule
 from common.kvcache.allocator import PageAllocator
-from common.worker.messages import Sampling
 
 pytestmark = pytest.mark.unit
 

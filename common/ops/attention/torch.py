@@ -1,11 +1,11 @@
 """Paged attention from torch's own operations, for every device; tuned for CPU.
 
 Batched matrix products beat `scaled_dot_product_attention` here: for a single token by a factor of two, for
-prompts because a block of queries computes no score beyond its own last key. Gathers copy whole rows of a flat
-view of the pool (a token's head, or a page); indexing that copies element by element is ten times slower.
+prompts because a block of queries computes no score beyond its own last key. What they read is gathered in rows
+of one head of one page, which are contiguous both in the pool and in the product's operand.
 
-Shape suffixes: T tokens of the step, B sequences, S keys, H query heads, K key/value heads, G query heads per
-key/value head, D head dimension.
+Shape suffixes: T tokens of the step, B sequences, P pages of a sequence, S keys (P * page size), H query heads,
+K key/value heads, G query heads per key/value head, N pairs of a sequence and a key/value head, D head dimension.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class DecodeGroup:
 
     first: int
     last: int
-    rows_BKS: torch.Tensor  # flat; rows of the pool's first layer, one per sequence, head and key
-    mask_N1S: torch.Tensor  # N = B * K; -inf where a shorter sequence has no key
+    rows: torch.Tensor  # page rows of the first layer, `[B * K * P]`
+    mask_N1S: torch.Tensor  # -inf where a sequence has no key
     keys: torch.Tensor  # what is gathered, layer after layer, into the same memory
     values: torch.Tensor
 
@@ -43,7 +43,7 @@ class PrefillSpan:
 
     first: int
     span: Span
-    page_rows: torch.Tensor | None  # the sequence's pages, where it has earlier tokens
+    rows: torch.Tensor | None  # page rows of the first layer, `[K * P]`, where the sequence has earlier tokens
 
 
 class TorchAttention:
@@ -51,48 +51,50 @@ class TorchAttention:
 
     def __init__(self, pool: KvPool, num_heads: int, scale: float) -> None:
         layout = pool.layout
+        self.pool = pool
         self.layout = layout
         self.num_heads = num_heads
         self.scale = scale
         self.device = pool.tensor.device
         self.dtype = pool.tensor.dtype
-        # One flat view per granularity and layer. A page's rows of layer l lie l * (rows of a layer) behind those
-        # of layer 0, so that one index, computed once a step, serves all layers.
-        token = layout.num_kv_heads * layout.head_dim
-        self.tokens = layer_views(pool, token)
-        self.heads = layer_views(pool, layout.head_dim)
-        self.pages = layer_views(pool, layout.page_size * token)
-        self.page_tokens = layout.num_layers * 2 * layout.page_size  # token rows from one page to the next
-        self.heads_K1 = np.arange(layout.num_kv_heads)[:, None]
+        # The pool as rows of one token's head, and of one page's head. A page's rows of layer l lie a constant
+        # behind those of layer 0, so that one index, computed once a step, serves all layers.
+        self.token_rows = layer_views(pool, layout.head_dim)
+        self.page_rows = layer_views(pool, layout.page_size * layout.head_dim)
+        self.rows_per_page = layout.num_layers * 2 * layout.num_kv_heads
+        self.heads_K = np.arange(layout.num_kv_heads)
         self.causal = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=self.dtype, device=self.device).triu_(1)
         self.zero = torch.zeros((1, 1, 1), dtype=self.dtype, device=self.device)
 
     def plan(self, spans: Sequence[Span]) -> TorchAttentionPlan:
-        """Indices and masks of a step."""
+        """Indices and masks of a step. Clears the pages that the step begins and does not fill."""
+        fresh = [span.pages[span.end // self.layout.page_size] for span in spans if self.begins_page(span)]
+        if fresh:
+            self.pool.tensor.index_fill_(0, self.to_device(np.array(fresh)), 0)
         decoding = sum(span.length == 1 for span in spans)
         groups = [self.decode_group(spans, first, last) for first, last in self.group(spans[:decoding])]
         prefills, row = [], decoding
         for span in spans[decoding:]:
             prefills.append(self.prefill_span(row, span))
             row += span.length
-        return TorchAttentionPlan(self, self.to_device(self.slots(spans, decoding)), groups, prefills)
+        return TorchAttentionPlan(self, self.slots(spans, decoding), groups, prefills)
 
-    def slots(self, spans: Sequence[Span], decoding: int) -> np.ndarray:
-        """Token rows of the first layer where the step's tokens are stored."""
+    def begins_page(self, span: Span) -> bool:
+        """Whether the sequence's last page gets its first token now, and is not filled."""
+        into_page = span.end % self.layout.page_size
+        return 0 < into_page <= span.length
+
+    def slots(self, spans: Sequence[Span], decoding: int) -> torch.Tensor:
+        """Token rows of the first layer where the step's tokens are stored, `[T, K]`."""
         size = self.layout.page_size
-        parts = [np.array([span.pages[span.start // size] for span in spans[:decoding]], dtype=np.int64)]
-        parts[0] *= self.page_tokens
-        parts[0] += np.array([span.start % size for span in spans[:decoding]], dtype=np.int64)
+        pages = [np.array([span.pages[span.start // size] for span in spans[:decoding]], dtype=np.int64)]
+        offsets = [np.array([span.start % size for span in spans[:decoding]], dtype=np.int64)]
         for span in spans[decoding:]:
-            parts.append(self.token_rows(span, np.arange(span.start, span.end)))
-        return np.concatenate(parts) if len(parts) > 1 else parts[0]
-
-    def token_rows(self, span: Span, positions: np.ndarray) -> np.ndarray:
-        """Token rows of the first layer of some of a sequence's positions."""
-        pages = np.array(span.pages, dtype=np.int64)
-        size = self.layout.page_size
-        rows: np.ndarray = pages[positions // size] * self.page_tokens + positions % size
-        return rows
+            positions = np.arange(span.start, span.end)
+            pages.append(np.array(span.pages, dtype=np.int64)[positions // size])
+            offsets.append(positions % size)
+        first_T = np.concatenate(pages) * (self.rows_per_page * size) + np.concatenate(offsets)
+        return self.to_device(first_T[:, None] + self.heads_K * size)
 
     def group(self, spans: Sequence[Span]) -> list[tuple[int, int]]:
         """Cut sequences, longest first, into groups that waste little when padded to their longest."""
@@ -110,28 +112,28 @@ class TorchAttention:
         return groups
 
     def decode_group(self, spans: Sequence[Span], first: int, last: int) -> DecodeGroup:
-        heads, head_dim, size = self.layout.num_kv_heads, self.layout.head_dim, self.layout.page_size
-        members = spans[first:last]
-        longest = members[0].end
-        ends_B1 = np.array([span.end for span in members])[:, None]
-        pages_BP = np.zeros((len(members), self.layout.pages_for(longest)), dtype=np.int64)
+        layout, members = self.layout, spans[first:last]
+        longest = layout.pages_for(members[0].end)
+        pages_BP = np.empty((len(members), longest), dtype=np.int64)
         for index, span in enumerate(members):
-            used = self.layout.pages_for(span.end)
+            used = layout.pages_for(span.end)
             pages_BP[index, :used] = span.pages[:used]
-        # Slots beyond a sequence's end repeat its last token: nothing but its own keys is ever read.
-        positions_BS = np.minimum(np.arange(longest), ends_B1 - 1)
-        tokens_BS = np.take_along_axis(pages_BP, positions_BS // size, 1) * self.page_tokens + positions_BS % size
-        rows_BKS = tokens_BS[:, None, :] * heads + self.heads_K1
-        mask_BS = np.where(np.arange(longest) < ends_B1, 0.0, -np.inf).astype(np.float32)
-        mask_N1S = self.to_device(mask_BS).to(self.dtype).repeat_interleave(heads, 0)[:, None]
-        gathered = torch.empty((2, rows_BKS.size, head_dim), dtype=self.dtype, device=self.device)
-        return DecodeGroup(first, last, self.to_device(rows_BKS.reshape(-1)), mask_N1S, gathered[0], gathered[1])
+            pages_BP[index, used:] = span.pages[used - 1]  # nothing but a sequence's own pages is ever read
+        rows_BKP = pages_BP[:, None, :] * self.rows_per_page + self.heads_K[:, None]
+        ends_B1 = np.array([span.end for span in members])[:, None]
+        hidden_BS = self.to_device(np.arange(longest * layout.page_size) >= ends_B1)
+        mask_BS = torch.zeros(hidden_BS.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden_BS, -torch.inf)
+        mask_N1S = mask_BS.repeat_interleave(layout.num_kv_heads, 0)[:, None]
+        shape = (2, rows_BKP.size, layout.page_size * layout.head_dim)
+        gathered = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return DecodeGroup(first, last, self.to_device(rows_BKP.reshape(-1)), mask_N1S, gathered[0], gathered[1])
 
     def prefill_span(self, row: int, span: Span) -> PrefillSpan:
         if span.start == 0:
             return PrefillSpan(row, span, None)
-        pages = np.array(span.pages[: self.layout.pages_for(span.end)], dtype=np.int64)
-        return PrefillSpan(row, span, self.to_device(pages * (self.layout.num_layers * 2)))
+        pages_P = np.array(span.pages[: self.layout.pages_for(span.end)], dtype=np.int64)
+        rows_KP = pages_P * self.rows_per_page + self.heads_K[:, None]
+        return PrefillSpan(row, span, self.to_device(rows_KP.reshape(-1)))
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -143,21 +145,21 @@ class TorchAttentionPlan:
     def __init__(
         self,
         backend: TorchAttention,
-        slots_T: torch.Tensor,
+        slots_TK: torch.Tensor,
         groups: list[DecodeGroup],
         prefills: list[PrefillSpan],
     ) -> None:
         self.backend = backend
-        self.slots_T = slots_T
+        self.slots_TK = slots_TK
         self.groups = groups
         self.prefills = prefills
 
     def attend(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
         """Store, then attend; returns `[T, H * D]`."""
         backend = self.backend
-        keys, values = backend.tokens[layer]
-        keys.index_put_((self.slots_T,), k_TKD.flatten(1))
-        values.index_put_((self.slots_T,), v_TKD.flatten(1))
+        keys, values = backend.token_rows[layer]
+        keys.index_put_((self.slots_TK,), k_TKD)
+        values.index_put_((self.slots_TK,), v_TKD)
         parts = [self.decode(layer, group, q_THD[group.first : group.last]) for group in self.groups]
         for prefill in self.prefills:
             rows = slice(prefill.first, prefill.first + prefill.span.length)
@@ -167,10 +169,10 @@ class TorchAttentionPlan:
     def decode(self, layer: int, group: DecodeGroup, q_BHD: torch.Tensor) -> torch.Tensor:
         backend = self.backend
         sequences, heads, head_dim = q_BHD.shape
-        pairs = group.mask_N1S.shape[0]  # of a sequence and a key/value head
-        keys, values = backend.heads[layer]
-        k_NSD = torch.index_select(keys, 0, group.rows_BKS, out=group.keys).view(pairs, -1, head_dim)
-        v_NSD = torch.index_select(values, 0, group.rows_BKS, out=group.values).view(pairs, -1, head_dim)
+        pairs = sequences * backend.layout.num_kv_heads
+        keys, values = backend.page_rows[layer]
+        k_NSD = torch.index_select(keys, 0, group.rows, out=group.keys).view(pairs, -1, head_dim)
+        v_NSD = torch.index_select(values, 0, group.rows, out=group.values).view(pairs, -1, head_dim)
         q_NGD = q_BHD.reshape(pairs, -1, head_dim)
         scores_NGS = torch.baddbmm(group.mask_N1S, q_NGD, k_NSD.transpose(1, 2), alpha=backend.scale)
         return torch.bmm(torch.softmax(scores_NGS, -1), v_NSD).view(sequences, heads * head_dim)
@@ -181,24 +183,23 @@ class TorchAttentionPlan:
         backend, span = self.backend, prefill.span
         tokens, heads, head_dim = q_THD.shape
         kv_heads = backend.layout.num_kv_heads
-        k_SKD, v_SKD = k_TKD, v_TKD
-        if prefill.page_rows is not None:
-            keys, values = backend.pages[layer]
-            k_SKD = keys.index_select(0, prefill.page_rows).view(-1, kv_heads, head_dim)
-            v_SKD = values.index_select(0, prefill.page_rows).view(-1, kv_heads, head_dim)
+        k_KSD, v_KSD = k_TKD.transpose(0, 1), v_TKD.transpose(0, 1)
+        if prefill.rows is not None:
+            keys, values = backend.page_rows[layer]
+            k_KSD = keys.index_select(0, prefill.rows).view(kv_heads, -1, head_dim)
+            v_KSD = values.index_select(0, prefill.rows).view(kv_heads, -1, head_dim)
         q_KGTD = q_THD.view(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-        k_KDS, v_KSD = k_SKD.permute(1, 2, 0), v_SKD.transpose(0, 1)
         out_THD = torch.empty((tokens, heads, head_dim), dtype=q_THD.dtype, device=q_THD.device)
         out_KGTD = out_THD.view(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
         block = max(8, min(QUERY_BLOCK, MAX_SCORES // (heads * span.end)))
         for first in range(0, tokens, block):
             last = min(first + block, tokens)
             rows, end = last - first, span.start + last
-            q_KND = q_KGTD[:, :, first:last].reshape(kv_heads, -1, head_dim)
-            scores_KNS = torch.baddbmm(backend.zero, q_KND, k_KDS[..., :end], beta=0, alpha=backend.scale)
-            scores_KNS.view(kv_heads, -1, rows, end)[..., end - rows :].add_(backend.causal[:rows, :rows])
-            out_KND = torch.bmm(torch.softmax(scores_KNS, -1), v_KSD[:, :end])
-            out_KGTD[:, :, first:last] = out_KND.view(kv_heads, -1, rows, head_dim)
+            q_KXD = q_KGTD[:, :, first:last].reshape(kv_heads, -1, head_dim)  # X = G * rows
+            scores_KXS = torch.baddbmm(backend.zero, q_KXD, k_KSD[:, :end].transpose(1, 2), beta=0, alpha=backend.scale)
+            scores_KXS.view(kv_heads, -1, rows, end)[..., end - rows :].add_(backend.causal[:rows, :rows])
+            out_KXD = torch.bmm(torch.softmax(scores_KXS, -1), v_KSD[:, :end])
+            out_KGTD[:, :, first:last] = out_KXD.view(kv_heads, -1, rows, head_dim)
         return out_THD.view(tokens, heads * head_dim)
 
 

@@ -75,9 +75,6 @@ class EtcdClient:
     async def put(self, request: pb.PutRequest) -> pb.PutResponse:
         return await self._call("KV/Put", request, pb.PutResponse)
 
-    async def delete_range(self, request: pb.DeleteRangeRequest) -> pb.DeleteRangeResponse:
-        return await self._call("KV/DeleteRange", request, pb.DeleteRangeResponse)
-
     async def txn(self, request: pb.TxnRequest) -> pb.TxnResponse:
         return await self._call("KV/Txn", request, pb.TxnResponse)
 
