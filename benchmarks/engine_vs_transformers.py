@@ -35,10 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.engine.config import EngineConfig
 from common.engine.engine import Engine
+from common.engine.messages import Sampling
 from common.engine.request import Sequence
 from common.engine.runner import Chunk, ModelRunner
 from common.kvcache.pool import allocate_host
-from common.engine.messages import (Sampling)
 from common.worker.rank import build_engine
 
 SHORT, LONG = 4, 68  # tokens of the two generations whose difference is decode

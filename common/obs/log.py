@@ -46,7 +46,9 @@ def set_up(config: LogConfig, service: str, **constant: Any) -> None:
     if as_json:
         tail += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
-        tail += [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        tail += [
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+        ]
     structlog.configure(
         processors=[*shared, *tail],
         wrapper_class=structlog.make_filtering_bound_logger(level),
