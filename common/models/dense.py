@@ -46,8 +46,10 @@ class DenseDecoder:
         loader = LayerLoader(config, checkpoint, options)
         self.layers = [loader.load(layer) for layer in range(config.num_hidden_layers)]
         self.norm = loader.norm("model.norm.weight")
-        head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
-        self.head = loader.linear([head], [config.vocab_size], config.hidden_size, bias=False)
+        if config.tie_word_embeddings:
+            self.head = make_linear(self.embedding_VE)
+        else:
+            self.head = loader.linear(["lm_head"], [config.vocab_size], config.hidden_size, bias=False)
 
     def __call__(
         self,
@@ -129,13 +131,12 @@ class LayerLoader:
         )
 
     def linear(self, names: list[str], outputs: list[int], inputs: int, bias: bool) -> Product:
-        """Projections of the same input, joined into one product; their separate weights are let go."""
+        """Projections of the same input, joined into one product."""
         sizes = list(zip(names, outputs, strict=True))
-        weight = join([self.checkpoint.tensor(f"{name}.weight", size, inputs) for name, size in sizes])
-        if self.checkpoint.device.type == "cpu":
-            weight = weight.contiguous()
-        biases = [self.checkpoint.owned(f"{name}.bias", size) for name, size in sizes] if bias else []
-        return make_linear(weight, join(biases) if bias else None)
+        weight_OI = torch.cat([self.checkpoint.tensor(f"{name}.weight", size, inputs) for name, size in sizes])
+        if not bias:
+            return make_linear(weight_OI)
+        return make_linear(weight_OI, torch.cat([self.checkpoint.tensor(f"{name}.bias", size) for name, size in sizes]))
 
     def norm(self, name: str) -> RmsNorm:
         return RmsNorm(self.checkpoint.owned(name, self.config.hidden_size), self.config.rms_norm_eps)
@@ -146,7 +147,3 @@ class LayerLoader:
         q_D = self.checkpoint.tensor(f"{prefix}.q_norm.weight", size)
         k_D = self.checkpoint.tensor(f"{prefix}.k_norm.weight", size)
         return torch.cat((q_D.expand(config.num_attention_heads, size), k_D.expand(config.kv_heads, size)))
-
-
-def join(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -64,7 +64,7 @@ def sharded(folder: Path) -> Path:
     """The same in three files."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(3):
         name = f"model-{shard + 1:05}-of-00003.safetensors"
         part = {key: tensors[key].clone() for key in sorted(tensors)[shard::3]}
@@ -122,8 +122,12 @@ def test_sharded_is_the_same_model(folder: Path, request: pytest.FixtureRequest)
     assert torch.equal(logits(whole), logits(parts))
 
 
-def test_weights_outlive_their_files(folder: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_outlive_their_files(folder: Path, dtype: str, tied: bool) -> None:
     """Nothing that is kept is a view of a mapped file: overwriting a checkpoint must not change a running model."""
+    change_config(folder, torch_dtype=dtype, tie_word_embeddings=tied)
+    change_tensors(folder, lambda tensors: tensors.update({n: t.to(getattr(torch, dtype)) for n, t in tensors.items()}))
     runner = load(folder)
     before = logits(runner)
     path = folder / "model.safetensors"

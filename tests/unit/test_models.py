@@ -223,7 +223,8 @@ def test_mixed_batch_equals_each_alone(tmp_path: Path) -> None:
         Sequence(prompt_of(length, 7), [next(pages) for _ in range(runner.layout.pages_for(length + 12))], chunk=16)
         for length in lengths
     ]
-    everyone, running = list(waiting), []
+    everyone = list(waiting)
+    running: list[Sequence] = []
     while waiting or running:
         if waiting:
             running.append(waiting.pop(len(waiting) // 2))

@@ -33,8 +33,6 @@ class DecodeGroup:
     last: int
     rows: torch.Tensor  # page rows of the first layer, `[B * K * P]`
     mask_N1S: torch.Tensor  # -inf where a sequence has no key
-    keys: torch.Tensor  # what is gathered, layer after layer, into the same memory
-    values: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -65,12 +63,13 @@ class TorchAttention:
         self.heads_K = np.arange(layout.num_kv_heads)
         self.causal = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=self.dtype, device=self.device).triu_(1)
         self.zero = torch.zeros((1, 1, 1), dtype=self.dtype, device=self.device)
+        self.gathered = torch.empty((2, 0, layout.page_size * layout.head_dim), dtype=self.dtype, device=self.device)
 
     def plan(self, spans: Sequence[Span]) -> TorchAttentionPlan:
         """Indices and masks of a step. Clears the pages that the step begins and does not fill."""
-        fresh = [span.pages[span.end // self.layout.page_size] for span in spans if self.begins_page(span)]
-        if fresh:
-            self.pool.tensor.index_fill_(0, self.to_device(np.array(fresh)), 0)
+        for span in spans:
+            if self.begins_page(span):
+                self.pool.tensor[span.pages[span.end // self.layout.page_size]].zero_()
         decoding = sum(span.length == 1 for span in spans)
         groups = [self.decode_group(spans, first, last) for first, last in self.group(spans[:decoding])]
         prefills, row = [], decoding
@@ -124,9 +123,7 @@ class TorchAttention:
         hidden_BS = self.to_device(np.arange(longest * layout.page_size) >= ends_B1)
         mask_BS = torch.zeros(hidden_BS.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden_BS, -torch.inf)
         mask_N1S = mask_BS.repeat_interleave(layout.num_kv_heads, 0)[:, None]
-        shape = (2, rows_BKP.size, layout.page_size * layout.head_dim)
-        gathered = torch.empty(shape, dtype=self.dtype, device=self.device)
-        return DecodeGroup(first, last, self.to_device(rows_BKP.reshape(-1)), mask_N1S, gathered[0], gathered[1])
+        return DecodeGroup(first, last, self.to_device(rows_BKP.reshape(-1)), mask_N1S)
 
     def prefill_span(self, row: int, span: Span) -> PrefillSpan:
         if span.start == 0:
@@ -134,6 +131,16 @@ class TorchAttention:
         pages_P = np.array(span.pages[: self.layout.pages_for(span.end)], dtype=np.int64)
         rows_KP = pages_P * self.rows_per_page + self.heads_K[:, None]
         return PrefillSpan(row, span, self.to_device(rows_KP.reshape(-1)))
+
+    def gather(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of page rows, `[rows, page size * D]` each, in memory that the next call uses again."""
+        if len(rows) > self.gathered.shape[1]:
+            self.gathered = self.gathered.new_empty((2, len(rows), self.gathered.shape[2]))
+        keys, values = self.page_rows[layer]
+        into_keys, into_values = self.gathered[:, : len(rows)]
+        torch.index_select(keys, 0, rows, out=into_keys)
+        torch.index_select(values, 0, rows, out=into_values)
+        return into_keys, into_values
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -170,9 +177,7 @@ class TorchAttentionPlan:
         backend = self.backend
         sequences, heads, head_dim = q_BHD.shape
         pairs = sequences * backend.layout.num_kv_heads
-        keys, values = backend.page_rows[layer]
-        k_NSD = torch.index_select(keys, 0, group.rows, out=group.keys).view(pairs, -1, head_dim)
-        v_NSD = torch.index_select(values, 0, group.rows, out=group.values).view(pairs, -1, head_dim)
+        k_NSD, v_NSD = (x.view(pairs, -1, head_dim) for x in backend.gather(layer, group.rows))
         q_NGD = q_BHD.reshape(pairs, -1, head_dim)
         scores_NGS = torch.baddbmm(group.mask_N1S, q_NGD, k_NSD.transpose(1, 2), alpha=backend.scale)
         return torch.bmm(torch.softmax(scores_NGS, -1), v_NSD).view(sequences, heads * head_dim)
@@ -185,9 +190,7 @@ class TorchAttentionPlan:
         kv_heads = backend.layout.num_kv_heads
         k_KSD, v_KSD = k_TKD.transpose(0, 1), v_TKD.transpose(0, 1)
         if prefill.rows is not None:
-            keys, values = backend.page_rows[layer]
-            k_KSD = keys.index_select(0, prefill.rows).view(kv_heads, -1, head_dim)
-            v_KSD = values.index_select(0, prefill.rows).view(kv_heads, -1, head_dim)
+            k_KSD, v_KSD = (x.view(kv_heads, -1, head_dim) for x in backend.gather(layer, prefill.rows))
         q_KGTD = q_THD.view(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
         out_THD = torch.empty((tokens, heads, head_dim), dtype=q_THD.dtype, device=q_THD.device)
         out_KGTD = out_THD.view(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
