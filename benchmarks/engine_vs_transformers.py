@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -56,14 +56,6 @@ LLAMA: dict[str, Any] = {
 }
 
 
-class Contender(Protocol):
-    """What both sides answer."""
-
-    def generate_s(self, prompts: list[list[int]], tokens: int) -> float:
-        """Seconds to generate `tokens` tokens after each of `prompts`, which are of one length."""
-        ...
-
-
 class Transformers:
     """`generate` with its defaults: SDPA attention and a growing cache."""
 
@@ -74,6 +66,7 @@ class Transformers:
         self.model.generation_config.pad_token_id = 0
 
     def generate_s(self, prompts: list[list[int]], tokens: int) -> float:
+        """Seconds to generate `tokens` tokens after each of `prompts`, which are of one length."""
         ids = torch.tensor(prompts)
         begun = time.perf_counter()
         result = self.model.generate(
@@ -112,6 +105,7 @@ class Ours:
         self.ids = itertools.count()
 
     def generate_s(self, prompts: list[list[int]], tokens: int) -> float:
+        """As `Transformers.generate_s`."""
         sampling = Sampling(temperature=0.0, max_new_tokens=tokens, ignore_eos=True)
         produced = 0
         begun = time.perf_counter()
@@ -161,8 +155,7 @@ def alternate(rounds: int, *measures: Callable[[], float]) -> list[float]:
 
 def prefill_row(dtype: str, ours: Ours, theirs: Transformers, rounds: int) -> Row:
     prompts = make_prompts(1, PREFILL_PROMPT, ours.engine.runner.vocab_size)
-    sides: tuple[Contender, Contender] = (ours, theirs)
-    best = alternate(rounds, *(lambda side=side: side.generate_s(prompts, 1) for side in sides))  # type: ignore[misc]
+    best = alternate(rounds, lambda: ours.generate_s(prompts, 1), lambda: theirs.generate_s(prompts, 1))
     return Row(dtype, f"prompt of {PREFILL_PROMPT}", *(PREFILL_PROMPT / seconds for seconds in best))
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from common.errors.base import MeshError, Reason
+from common.worker.build import ready_message
 from common.worker.process import Rank, serve_rank
-from common.worker.rank import ready_message
 from common.worker.start import RankStart
 from common.worker.waker import Waker
 from tests.toys import toy_engine

@@ -7,9 +7,11 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import torch
 
+from common.engine.base import Sampled
 from common.engine.config import EngineConfig
 from common.engine.engine import Engine
-from common.engine.runner import Chunk
+from common.engine.runner import Chunk, run_and_sample
+from common.engine.scheduler import Span
 from common.kvcache.allocator import PageAllocator
 from common.kvcache.layout import KvLayout
 
@@ -33,6 +35,9 @@ class ToyRunner:
         self.steps: list[list[Chunk]] = []
         self.fail_at: set[int] = set()  # numbers of steps that raise
         self.broken: set[int] = set()  # first tokens of sequences whose logits are NaN
+
+    def step(self, spans: Seq[Span]) -> Sampled:
+        return run_and_sample(self.run, spans)
 
     def run(self, chunks: Seq[Chunk]) -> torch.Tensor:
         self.steps.append(list(chunks))

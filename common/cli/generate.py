@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 
 from common.config.flags import add_flags, flag, resolve
+from common.config.tls import TlsConfig, load
 from common.errors.base import MeshError, Reason
 from common.rpc.channel import connect, error_from
 from pdmesh.v1 import router_service_pb2 as pb
@@ -38,6 +39,7 @@ class GenerateConfig:
     seed: int | None = flag(None, "Makes a sampled answer repeatable.")
     stop: tuple[str, ...] = flag((), "Strings that end the answer.")
     ignore_eos: bool = flag(False, "Go on after the model's end-of-sequence token.")
+    tls: TlsConfig = field(default_factory=TlsConfig)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,11 +67,14 @@ def make_request(config: GenerateConfig, prompt: str) -> pb.GenerateRequest:
 
 async def generate(config: GenerateConfig, request: pb.GenerateRequest) -> None:
     """Print the text as it comes. Raises the router's `MeshError`."""
-    async with connect(config.router) as channel:
+    tls = load(config.tls, serves=False)
+    async with connect(config.router, tls) as channel:
         try:
             await asyncio.wait_for(channel.channel_ready(), CONNECT_TIMEOUT_S)
         except TimeoutError:
-            raise MeshError(Reason.NO_WORKER, f"no router answers at {config.router}") from None
+            raise MeshError(
+                Reason.NO_WORKER, f"no router answers at {config.router} {'over TLS' if tls else 'in plain text'}"
+            ) from None
         router: pb_grpc.RouterServiceAsyncStub = pb_grpc.RouterServiceStub(channel)
         try:
             async for response in router.Generate(request, timeout=config.timeout):

@@ -6,8 +6,10 @@ import argparse
 import asyncio
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import grpc
@@ -16,7 +18,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from common.cli.default_model import default_model_path
 from common.cli.supervisor import Child, Supervisor
 from common.config.bootstrap import DEFAULT_BOOTSTRAP_PORT
-from common.config.flags import bad, flag, resolve, to_flags
+from common.config.flags import bad, flag, resolve, to_environment, to_flags
+from common.config.tls import Credentials, TlsConfig, load
 from common.rpc.announce import Listening
 from common.rpc.channel import connect
 from common.worker.config import WorkerConfig
@@ -89,6 +92,7 @@ class Launch:
         self.parsed = parsed
         self.supervisor = Supervisor()
         self.roles: dict[Child, str] = {}
+        self.tls = load(self.settings(TlsConfig))
         self.model_path = config.model_path or str(default_model_path())
         self.names = [f"{role}-{i}" for role, count in config.counts.items() for i in range(count)]
         for index, name in enumerate(self.names):  # settings that cannot work are refused before anything starts
@@ -96,10 +100,14 @@ class Launch:
 
     # ------------------------------------------------------------------------------------ settings
 
-    def flags(self, service: type, **own: Any) -> list[str]:
-        """The flags of one process: what the user gave, and what `up` decides for it."""
+    def settings(self, service: type[T], **own: Any) -> T:
+        """The settings of one process: what the user gave, and what `up` decides for it."""
         given = argparse.Namespace(**{**vars(self.parsed), "drain_timeout": self.config.drain_timeout, **own})
-        return to_flags(resolve(service, given, file_of=(UpConfig, *SERVICES)))
+        return resolve(service, given, file_of=(UpConfig, *SERVICES))
+
+    def flags(self, service: type, **own: Any) -> list[str]:
+        """The same as flags, without secrets."""
+        return to_flags(self.settings(service, **own))
 
     def worker_flags(self, index: int, name: str, bootstrap: str) -> list[str]:
         config, gpus = self.config, count_gpus()
@@ -124,7 +132,8 @@ class Launch:
         """Bring everything up; returns the served model's name. Waits for ever if a child ends on the way."""
         port = self.config.disaggregation_bootstrap_port
         own = {"host": "127.0.0.1", "port": port, "metrics_port": 0}
-        bootstrap = await self.service("bootstrap", "bootstrap", self.flags(BootstrapProcessConfig, **own))
+        config = self.settings(BootstrapProcessConfig, **own)
+        bootstrap = await self.service("bootstrap", "bootstrap", to_flags(config), to_environment(config))
         address = str((await self.supervisor.listening(bootstrap)).grpc)
         children = [
             await self.service(name, name.partition("-")[0], self.worker_flags(index, name, address))
@@ -132,14 +141,17 @@ class Launch:
         ]
         children.append(await self.service("router", "router", self.flags(RouterProcessConfig, bootstrap=address)))
         addresses = await asyncio.gather(*map(self.supervisor.listening, children))
-        await asyncio.gather(*(wait_serving(str(listening.grpc)) for listening in addresses))
-        return await wait_for_model(str(self.listening("router").grpc))
+        await asyncio.gather(*(wait_serving(str(listening.grpc), self.tls) for listening in addresses))
+        return await wait_for_model(str(self.listening("router").grpc), self.tls)
 
-    async def service(self, name: str, role: str, flags: list[str]) -> Child:
+    async def service(
+        self, name: str, role: str, flags: list[str], environment: Mapping[str, str] = MappingProxyType({})
+    ) -> Child:
         # -P: a folder called `common` where the user happens to be is none of ours
         command = [sys.executable, "-P", "-m", "common.cli.main", role, *flags]
-        child = await self.supervisor.start(name, command, os.environ)
+        child = await self.supervisor.start(name, command, {**os.environ, **environment})
         self.roles[child] = role
+        child.may_leave = role in WORKER_ROLES  # an operator may drain a worker
         return child
 
     async def stop(self) -> None:
@@ -172,9 +184,9 @@ class Launch:
         return ", ".join(f"{count} {role}" for role, count in self.config.counts.items() if count)
 
 
-async def wait_serving(address: str) -> None:
+async def wait_serving(address: str, tls: Credentials | None = None) -> None:
     """Until the standard health service at `address` says SERVING."""
-    async with connect(address) as channel:
+    async with connect(address, tls) as channel:
         health = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
         while True:
             try:
@@ -185,9 +197,9 @@ async def wait_serving(address: str) -> None:
                 await asyncio.sleep(RETRY_S)
 
 
-async def wait_for_model(address: str) -> str:
+async def wait_for_model(address: str, tls: Credentials | None = None) -> str:
     """Until the router at `address` has workers to send a request to; the name of the model they serve."""
-    async with connect(address) as channel:
+    async with connect(address, tls) as channel:
         router: pb_grpc.RouterServiceAsyncStub = pb_grpc.RouterServiceStub(channel)
         while True:
             try:

@@ -57,6 +57,7 @@ class Child:
         self.output = output
         self.listening: Listening | None = None
         self.ended = asyncio.Event()
+        self.may_leave = False  # once it listens, it may end with exit code 0
         self.tail = b""
         self.following = asyncio.create_task(self.follow())
 
@@ -124,7 +125,10 @@ class Supervisor:
         child.kill()  # what it left behind; its pid is its group's until it is reaped
         child.process.wait()
         child.ended.set()
-        if not self.stopping and not self._first_end.done():
+        if child.may_leave and child.listening and not child.process.returncode:
+            if not self.stopping:
+                print(f"pdmesh: {child.name} (pid {child.pid}) has left", file=sys.stderr, flush=True)
+        elif not self.stopping and not self._first_end.done():
             self._first_end.set_result(child)
 
     async def listening(self, child: Child) -> Listening:

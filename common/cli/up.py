@@ -18,6 +18,7 @@ from common.cli.launch import SERVICES, Launch, UpConfig
 from common.cli.supervisor import ChildEnded
 from common.config.flags import add_flags, bad, resolve
 from common.rpc import loop
+from services.router.config import RouterConfig
 
 # Settings that `up` gives each process itself.
 OWN = ("bootstrap", "worker-id", "metrics-port")
@@ -67,7 +68,7 @@ def tell(launch: Launch, model: str, status_file: str | None) -> None:
     if status_file:
         write_atomically(Path(status_file), json.dumps(launch.status(), indent=2) + "\n")
     router, bootstrap = launch.listening("router"), launch.listening("bootstrap")
-    url = f"http://{reachable(router.http or '')}"
+    url = f"{'https' if launch.settings(RouterConfig).http_tls_cert else 'http'}://{reachable(router.http or '')}"
     question = {"model": model, "messages": [{"role": "user", "content": "What is 123 + 456?"}], "temperature": 0}
     body = shlex.quote(json.dumps(question))
     print(

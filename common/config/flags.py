@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import tomllib
 import types
 import typing
@@ -34,10 +35,21 @@ def flag(
     aliases: Sequence[str] = (),
     choices: Sequence[str] | None = None,
     metavar: str | None = None,
+    secret: bool = False,
 ) -> Any:
-    """A field with a default and one line of help. `env` names further variables, `aliases` further flags."""
-    metadata = {"help": help, "env": tuple(env), "aliases": tuple(aliases), "choices": choices, "metavar": metavar}
-    return dataclasses.field(default=default, metadata=metadata)
+    """A field with a default and one line of help. `env` names further variables, `aliases` further flags.
+
+    What is `secret` reaches other processes by environment: every user of the machine can read command lines.
+    """
+    metadata = {
+        "help": help,
+        "env": tuple(env),
+        "aliases": tuple(aliases),
+        "choices": choices,
+        "metavar": metavar,
+        "secret": secret,
+    }
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclass(frozen=True)
@@ -156,14 +168,24 @@ def resolve(
     given = vars(parsed) if parsed else {}
     in_file = read_file(given["config"], (config, *file_of)) if given.get("config") else {}
     values: dict[tuple[str, ...], Any] = {}
+    variables: dict[str, str] = {}
     for option in options(config):
         if (value := given.get(option.path[-1])) is not None:
             values[option.path] = option.parse(value, f"--{option.name}")
         elif variable := next((name for name in option.variables if environ.get(name)), None):
             values[option.path] = option.parse(environ[variable], variable)
+            variables[f"--{option.name}"] = variable
         elif option.name in in_file:
             values[option.path] = option.parse(in_file[option.name], f"{given['config']}: {option.name}")
-    return build(config, values)
+    try:
+        return build(config, values)
+    except MeshError as error:
+        raise bad(in_words_of(error.message, variables)) from None
+
+
+def in_words_of(message: str, variables: Mapping[str, str]) -> str:
+    """A config class names flags in what it refuses; whoever set a variable instead is told the variable's name."""
+    return re.sub(r"--[a-z0-9-]+", lambda found: variables.get(found[0], found[0]), message)
 
 
 def read_file(name: str, configs: Iterable[type]) -> dict[str, Any]:
@@ -191,12 +213,14 @@ def build(config: type[T], values: Mapping[tuple[str, ...], Any], path: tuple[st
 
 
 def to_flags(config: Any) -> list[str]:
-    """The flags that make `config` again, whatever environment and defaults say; a field that is None has none."""
+    """The flags that make `config` again, whatever environment and defaults say; a field that is None has none.
+
+    Secrets are left out: they are in `to_environment`.
+    """
     flags: list[str] = []
-    for option in options(type(config)):
-        value = config
-        for name in option.path:
-            value = getattr(value, name)
+    for option, value in leaves(config):
+        if option.metadata["secret"]:
+            continue
         if option.kind is bool:
             flags.append(f"--{option.name}" if value else f"--no-{option.name}")
         elif option.many:
@@ -204,3 +228,21 @@ def to_flags(config: Any) -> list[str]:
         elif value is not None:
             flags.append(f"--{option.name}={value}")
     return flags
+
+
+def to_environment(config: Any) -> dict[str, str]:
+    """The variables that `to_flags` leaves out: those of secrets that are set."""
+    return {
+        option.variables[0]: str(value)
+        for option, value in leaves(config)
+        if option.metadata["secret"] and value is not None
+    }
+
+
+def leaves(config: Any) -> Iterator[tuple[Option, Any]]:
+    """Every option of `config` with its value there."""
+    for option in options(type(config)):
+        value = config
+        for name in option.path:
+            value = getattr(value, name)
+        yield option, value

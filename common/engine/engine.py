@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from itertools import count
-from typing import Protocol
+from itertools import chain, count
 
-import torch
-
+from common.engine.base import Runner, Sampled
 from common.engine.config import EngineConfig
 from common.engine.messages import Ledger, Load, SequenceFailed, TokenLogprobs, Tokens
 from common.engine.request import Sequence, Status
-from common.engine.runner import Chunk
-from common.engine.sampler import Sampled, sample
+from common.engine.reserve import Reserve
 from common.engine.scheduler import Limits, Plan, Queue, enqueue, schedule
 from common.errors.base import MeshError, Reason
 from common.kvcache.allocator import PageAllocator
-from common.kvcache.layout import KvLayout
 from common.kvcache.ledger import PageState
+from common.mesh.credit import Credit, most_pages, promised_pages
 from common.obs.log import get_logger
 
 log = get_logger(__name__)
-
-
-class Runner(Protocol):
-    """What the engine needs of a model runner."""
-
-    layout: KvLayout
-    vocab_size: int
-    context_length: int
-    fingerprint: str
-    model_path: str
-    eos_token_ids: tuple[int, ...]
-
-    def run(self, chunks: Seq[Chunk]) -> torch.Tensor:
-        """Compute chunks into their pages; float32 logits `[S, V]`, a row per chunk with `sample`, in order."""
-        ...
 
 
 @dataclass(slots=True)
@@ -53,12 +34,18 @@ class Progress:
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step brought. `scheduled` is false if nothing could run before pages return."""
+    """What a step brought. `scheduled` is false if nothing could run before pages return.
+
+    With `wait_s` the step is under way for so many seconds more: nothing but `retracted` is set then. `retracted`
+    are adopted sequences that left so that others may grow; their pages are free.
+    """
 
     scheduled: bool = False
+    wait_s: float = 0.0
     tokens: list[Tokens] = field(default_factory=list)
     progress: list[Progress] = field(default_factory=list)
     failures: list[SequenceFailed] = field(default_factory=list)
+    retracted: list[Sequence] = field(default_factory=list)
 
 
 class Engine:
@@ -66,7 +53,13 @@ class Engine:
 
     A sequence takes one of three ways: `add` (both phases here), `add` with `prefill_only` (ends held, until
     `release`), or `adopt` (its prompt was computed elsewhere). It ends with `Tokens` that say how, with
-    `SequenceFailed`, or by `abort`; its pages are free then, unless it is held.
+    `SequenceFailed`, or by `abort`; its pages are free then, unless it is held. One that was adopted may also be
+    retracted, see `StepResult`; others are retracted and resumed within.
+
+    Attributes:
+        limit_pages: The high-water mark: pages that may be promised.
+        reserve: Growth that is counted for each sequence.
+        retracted: Sequences that had to give their pages back so far.
     """
 
     def __init__(self, runner: Runner, allocator: PageAllocator, config: EngineConfig) -> None:
@@ -76,6 +69,10 @@ class Engine:
         self.queue = Queue()
         self._sequences: dict[int, Sequence] = {}
         self._arrivals = count()
+        self._under_way: Plan | None = None
+        self.limit_pages = max(1, int(allocator.num_pages * config.decode_prealloc_high_water))
+        self.reserve = Reserve(config.num_reserved_decode_tokens, runner.layout.page_size)
+        self.retracted = 0
 
     @property
     def has_work(self) -> bool:
@@ -95,6 +92,27 @@ class Engine:
             waiting=len(self.queue.waiting),
             waiting_tokens=sum(sequence.num_tokens for sequence in self.queue.waiting),
             ledger=Ledger(*(pages(state) for state in PageState)),
+            credit=self.credit(),
+            retracted=self.retracted,
+        )
+
+    def promised_pages(self) -> int:
+        """Pages that running and waiting sequences have or may soon grow into."""
+        reserved, page_size = self.reserve.tokens, self.limits.page_size
+        return sum(
+            promised_pages(sequence.num_tokens, sequence.remaining, reserved, page_size)
+            for sequence in chain(self.queue.running, self.queue.waiting)
+        )
+
+    def credit(self) -> Credit:
+        """What may still be promised; hand-overs are the hand-over's to take off."""
+        queue, quarantined = self.queue, self.allocator.ledger.count(PageState.QUARANTINED)
+        return Credit(
+            pages=self.limit_pages - self.promised_pages() - quarantined,
+            sequences=self.limits.max_running - len(queue.running) - len(queue.waiting),
+            limit_pages=self.limit_pages,
+            reserved_tokens=self.reserve.tokens,
+            page_size=self.limits.page_size,
         )
 
     def find(self, sequence_id: int) -> Sequence | None:
@@ -117,10 +135,11 @@ class Engine:
         enqueue(self.queue.waiting, sequence)
 
     def adopt(self, sequence: Sequence, first: Tokens) -> Tokens:
-        """Go on with a sequence whose prompt another worker computed and whose pages are RESERVED here.
+        """Go on with a sequence whose tokens another worker computed and whose pages are RESERVED here.
 
-        `sequence.pages` hold the prompt's KV. `first` is what prefill sampled (`Progress.first`). Returns it as
-        this sequence's first tokens; if they finish it, it has ended and its pages are free.
+        `sequence.pages` hold the KV of the prompt and of `output_ids`, which an earlier attempt had. `first` is what
+        prefill sampled (`Progress.first`). Returns it as this sequence's next tokens; if they finish it, it has ended
+        and its pages are free.
 
         Raises:
             MeshError: As for `add`; the pages stay reserved.
@@ -128,7 +147,8 @@ class Engine:
         self.check(sequence)
         self.allocator.move(sequence.pages, PageState.RESERVED, PageState.IN_USE)
         self._register(sequence)
-        sequence.computed = len(sequence.prompt_ids)
+        sequence.adopted = True
+        sequence.computed = sequence.num_tokens
         sequence.cached_tokens = first.cached_tokens
         sequence.status = Status.RUNNING
         enqueue(self.queue.running, sequence)
@@ -140,19 +160,19 @@ class Engine:
         EMPTY_PROMPT, TOKEN_OUT_OF_RANGE, CONTEXT_TOO_LONG (prompt beyond the context), OVERLOADED (more pages
         than the pool has).
         """
-        prompt, context = sequence.prompt_ids, self.runner.context_length
-        if not prompt:
+        context = self.runner.context_length
+        if not sequence.prompt_ids:
             raise MeshError(Reason.EMPTY_PROMPT, "the prompt has no tokens", parameter="prompt")
-        if min(prompt) < 0 or max(prompt) >= self.runner.vocab_size:
+        known = (ids for ids in (sequence.prompt_ids, sequence.output_ids) if ids)
+        if any(min(ids) < 0 or max(ids) >= self.runner.vocab_size for ids in known):
             message = f"a token id is outside the vocabulary of {self.runner.vocab_size}"
             raise MeshError(Reason.TOKEN_OUT_OF_RANGE, message, parameter="token_ids")
-        if len(prompt) >= context:
-            message = f"a prompt of {len(prompt)} tokens leaves no room in a context of {context}"
+        if sequence.num_tokens >= context or sequence.remaining < 1:
+            message = f"{sequence.num_tokens} tokens leave no room in a context of {context}"
             raise MeshError(Reason.CONTEXT_TOO_LONG, message, parameter="prompt")
-        most = len(prompt)
-        if not sequence.prefill_only:  # the last token's KV is never computed
-            most = min(most + sequence.sampling.max_new_tokens, context) - 1
-        if (needed := self.runner.layout.pages_for(most)) > self.allocator.num_pages:
+        remaining = 0 if sequence.prefill_only else min(sequence.remaining, context - sequence.num_tokens)
+        needed = most_pages(sequence.num_tokens, remaining, self.limits.page_size)
+        if needed > self.allocator.num_pages:
             message = f"{needed} pages of KV cache are needed, the pool has {self.allocator.num_pages}"
             raise MeshError(Reason.OVERLOADED, message)
 
@@ -184,25 +204,32 @@ class Engine:
 
     def step(self) -> StepResult:
         """Compute one step: schedule, run, sample, hand out. A failure ends the step's sequences, not the engine."""
-        plan = schedule(self.queue, self.allocator, self.limits)
-        if not plan.spans:
-            return StepResult()
+        if plan := self._under_way:  # some of its sequences may have ended meanwhile
+            plan.spans = [span for span in plan.spans if span.sequence.status is Status.RUNNING]
+        else:
+            plan = schedule(self.queue, self.allocator, self.limits)
+            self.retracted += len(plan.retracted)
+            self.reserve.stepped(len(plan.retracted))
+        left = self._dismiss(plan)
+        result = self._compute(plan) if plan.spans or self._under_way else StepResult()
+        result.retracted = left
+        return result
+
+    def _compute(self, plan: Plan) -> StepResult:
+        self._under_way = None
         try:
-            logits_SV = self.runner.run(
-                [
-                    Chunk(span.start, span.sequence.tokens(span.start, span.stop), span.sequence.pages, span.sample)
-                    for span in plan.spans
-                ]
-            )
-            sampling = [span.sequence for span in plan.spans if span.sample]
-            sampled = sample(logits_SV, sampling) if sampling else Sampled([], [], [])
+            sampled = self.runner.step(plan.spans)
         except Exception as error:
             log.exception("a step failed", sequences=len(plan.spans))
             return self._fail_step(plan, f"the step failed: {type(error).__name__}: {error}")
-        return self._hand_out(plan, sampling, sampled)
+        if isinstance(sampled, float):
+            self._under_way = plan
+            return StepResult(scheduled=True, wait_s=sampled)
+        return self._hand_out(plan, sampled)
 
-    def _hand_out(self, plan: Plan, sampling: list[Sequence], sampled: Sampled) -> StepResult:
+    def _hand_out(self, plan: Plan, sampled: Sampled) -> StepResult:
         result = StepResult(scheduled=True)
+        sampling = [span.sequence for span in plan.spans if span.sample]
         for span in plan.spans:
             span.sequence.computed = span.stop
             if span.sequence.prefill_only and not span.sample:
@@ -216,6 +243,14 @@ class Engine:
             else:
                 result.tokens.append(self._append(sequence, token, logprobs))
         return result
+
+    def _dismiss(self, plan: Plan) -> list[Sequence]:
+        """Forget the adopted sequences that the plan retracted, once; the others wait here for their turn."""
+        left = [sequence for sequence in plan.retracted if sequence.adopted]
+        plan.retracted = []
+        for sequence in left:
+            del self._sequences[sequence.sequence_id]
+        return left
 
     def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> Tokens:
         """Add a token to a running sequence and end it where it is finished."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from common.mesh.credit import Credit
+
 
 class Message(msgspec.Struct, array_like=True, tag=True):
     """Base of all messages: a tagged array on the wire."""
@@ -46,6 +48,12 @@ class Tokens(Message):
     cached_tokens: int = 0
 
 
+class Retracted(Message):
+    """The sequence gave its pages back so that older ones may grow; it can go on elsewhere from where it stands."""
+
+    sequence_id: int
+
+
 class SequenceFailed(Message):
     """The sequence ended without finishing; its pages are given back or in quarantine."""
 
@@ -65,9 +73,16 @@ class Ledger(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
-    """Load of a rank at the end of a step."""
+    """Load of a rank at the end of a step. `waiting` counts what waits in the hand-over, too.
+
+    `credit` is absent where nothing is promised (prefill); `last_start` is the highest sequence id that it
+    reflects. `retracted` counts the sequences that had to give their pages back since the start.
+    """
 
     running: int
     waiting: int
     waiting_tokens: int
     ledger: Ledger
+    credit: Credit | None = None
+    last_start: int = 0
+    retracted: int = 0

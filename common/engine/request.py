@@ -30,6 +30,8 @@ class Sequence:
     Attributes:
         sequence_id: The front's number, unique for the worker's life.
         prefill_only: One side of a hand-over: computes the prompt, samples one token, then holds its pages.
+        adopted: The other side: another worker computed its prompt. When it must give its pages back, it leaves.
+        output_ids: What was generated, by an earlier attempt elsewhere too.
         pages: Pages of KV cache in token order.
         computed: Tokens, from the first, whose KV is in `pages`.
         order: Place in the order of arrival, given by the engine.
@@ -44,6 +46,7 @@ class Sequence:
     prompt_ids: list[int]
     sampling: Sampling
     prefill_only: bool = False
+    adopted: bool = False
     request_id: str = ""
     output_ids: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
@@ -75,6 +78,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Tokens known so far, prompt and output."""
         return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def remaining(self) -> int:
+        """Most tokens that may still be generated."""
+        return self.sampling.max_new_tokens - len(self.output_ids)
 
     @property
     def pending(self) -> int:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from common.config.flags import bad
+from common.engine.base import Sampled
 from common.engine.batch import Chunk as Chunk
 from common.engine.batch import make_batch
-from common.engine.config import EngineConfig
+from common.engine.config import EngineConfig, choose_context
+from common.engine.sampler import sample
+from common.engine.scheduler import Span
 from common.kvcache.layout import KvLayout
 from common.kvcache.pool import TORCH_DTYPE, KvPool
-from common.models.checkpoint import Checkpoint, find_checkpoint
+from common.models.checkpoint import Checkpoint
 from common.models.config import ModelConfig, read_config, read_eos_token_ids
+from common.models.find import find_checkpoint
 from common.models.registry import CausalLM, find_loader
 from common.ops.attention.base import AttentionBackend, make_attention
 
@@ -69,7 +73,7 @@ class ModelRunner:
         model_config = read_config(folder)
         load_model = find_loader(model_config)
         dtype = choose_dtype(config, model_config)
-        context_length = choose_context(config, model_config)
+        context_length = choose_context(config, model_config.context_length)
         with torch.inference_mode(), Checkpoint(folder, TORCH_DTYPE[dtype], device) as checkpoint:
             model = load_model(model_config, checkpoint, context_length)
             fingerprint = checkpoint.fingerprint(model_config)
@@ -89,6 +93,10 @@ class ModelRunner:
             raise ValueError(f"the pool's layout is {pool.layout}, the model's {self.layout}")
         self.attention = make_attention("torch", pool, self.num_heads, self.scale)
 
+    def step(self, spans: Sequence[Span]) -> Sampled:
+        """Compute and sample; see `Runner.step`."""
+        return run_and_sample(self.run, spans)
+
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Compute a step: prompts' chunks and single tokens in any mixture and order.
@@ -100,6 +108,18 @@ class ModelRunner:
         batch = make_batch(chunks, self.device)
         plan = self.attention.plan(batch.spans)
         return self.model(batch.token_ids_T, batch.positions_T, plan, batch.wanted_S).float()
+
+
+def run_and_sample(run: Callable[[Sequence[Chunk]], torch.Tensor], spans: Sequence[Span]) -> Sampled:
+    """Compute spans with `run`, which gives logits as `ModelRunner.run` does, and sample those that want it."""
+    logits_SV = run(
+        [
+            Chunk(span.start, span.sequence.tokens(span.start, span.stop), span.sequence.pages, span.sample)
+            for span in spans
+        ]
+    )
+    sampling = [span.sequence for span in spans if span.sample]
+    return sample(logits_SV, sampling) if sampling else Sampled([], [], [])
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -117,10 +137,3 @@ def choose_dtype(config: EngineConfig, model_config: ModelConfig) -> str:
         return config.dtype
     stored = model_config.checkpoint_dtype
     return stored if stored in TORCH_DTYPE else "float32"
-
-
-def choose_context(config: EngineConfig, model_config: ModelConfig) -> int:
-    longest = model_config.context_length
-    if config.context_length and config.context_length > longest:
-        raise bad(f"--context-length: {config.context_length} is more than the model's {longest}")
-    return config.context_length or longest

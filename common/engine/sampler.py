@@ -9,12 +9,12 @@ all arithmetic is row by row.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common.engine.base import Sampled
 from common.engine.messages import Sampling, TokenLogprobs
 from common.engine.penalties import Penalties, TokenCounts, apply_penalties
 from common.engine.request import Sequence
@@ -23,21 +23,6 @@ from common.engine.uniform import uniforms
 BLOCK_TOKENS = 256
 HEAD_TOKENS = 1024  # the heaviest tokens, among which top-k and top-p nearly always end
 ROWS_AT_ONCE = 8  # on CPU, so that what is computed of them stays in the cache
-
-
-@dataclass(slots=True)
-class Sampled:
-    """Chosen tokens of a step, one per row.
-
-    Attributes:
-        token_ids: The chosen tokens.
-        logprobs: Log-probabilities where the sequence asked for them, else None.
-        broken: Rows whose logits are not finite; their tokens mean nothing.
-    """
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs | None]
-    broken: list[int]
 
 
 @torch.inference_mode()

@@ -3,7 +3,8 @@
 Every running sequence that decodes gets its one token. What is left of the step goes to prompts, oldest first,
 `chunk_tokens` of them at most. Waiting sequences are admitted in the order of arrival; when a decoding sequence
 needs a page and none is free, the youngest is retracted: its pages return, and later it computes its tokens
-anew. The oldest thus always advances, so nothing starves and nothing deadlocks.
+anew. The oldest thus always advances, so nothing starves and nothing deadlocks. A sequence whose prompt came
+from another worker leaves when it is retracted: it starts anew where the router sends it, with the tokens it has.
 """
 
 from __future__ import annotations
@@ -83,13 +84,16 @@ def grow(sequence: Sequence, queue: Queue, allocator: PageAllocator, plan: Plan)
 
 
 def retract(sequence: Sequence, queue: Queue, allocator: PageAllocator) -> None:
-    """Put a running sequence back where it waits, without pages."""
+    """Put a running sequence back where it waits, without pages; an adopted one has no place here any more."""
     queue.running.remove(sequence)
     allocator.free(sequence.pages)
     sequence.pages = []
     sequence.computed = 0
-    sequence.status = Status.WAITING
-    enqueue(queue.waiting, sequence)
+    if sequence.adopted:
+        sequence.status = Status.ENDED
+    else:
+        sequence.status = Status.WAITING
+        enqueue(queue.waiting, sequence)
 
 
 def enqueue(sequences: list[Sequence], sequence: Sequence) -> None:

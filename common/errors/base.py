@@ -39,6 +39,8 @@ class Reason(StrEnum):
     BAD_CHECKPOINT = "BAD_CHECKPOINT"
     BAD_CONFIG = "BAD_CONFIG"
     INTERNAL = "INTERNAL"
+    UNIMPLEMENTED = "UNIMPLEMENTED"
+    NOT_OWNER = "NOT_OWNER"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ STATUS: dict[Reason, Status] = {
     Reason.BAD_CHECKPOINT: Status("FAILED_PRECONDITION", 500),
     Reason.BAD_CONFIG: Status("FAILED_PRECONDITION", 500),
     Reason.INTERNAL: Status("INTERNAL", 500),
+    Reason.UNIMPLEMENTED: Status("UNIMPLEMENTED", 501),
+    Reason.NOT_OWNER: Status("UNAVAILABLE", 503, retryable=True),
 }
 
 

@@ -6,8 +6,11 @@ No I/O, no clock, no locks: the service, the tests and simulations run this very
 event with a stale ticket or one that does not fit is refused with a reason and leaves the room as it is.
 A repeated event changes nothing and does nothing.
 
-Quarantine: once the reservation went to prefill, prefill may write to decode's pages until it says `Quiet` or is
-lost. A room that fails in between is `quarantined`; decode gets RELEASE only at the end of that.
+Quarantine: once the reservation went to prefill, prefill may write to decode's pages until it says `Quiet`. A room
+that fails in between is `quarantined`; decode gets RELEASE only at the end of that. That prefill is lost proves
+nothing: a stopped process, or one behind a broken network, may go on to write. Decode then gets FENCE, frees the
+pages once its own transfer endpoint has seen the last of the writer, and says `Fenced`; or the writer comes back
+and says `Quiet` after all.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ class Effect(Enum):
     END_PREFILL = auto()  # to prefill: stop working on the room, then say quiet
     END_DECODE = auto()  # to decode: the room failed; its pages are quarantined
     RELEASE = auto()  # to decode: nobody writes to the pages any more
+    FENCE = auto()  # to decode: prefill is lost; the pages are free when its endpoint can write no more
     END_ROUTER = auto()  # to the router: the room reached a terminal state
     PERSIST = auto()  # to the store
 
@@ -82,16 +86,31 @@ class Room:
     changed_at: float
     timeouts: Timeouts = Timeouts()
     request_deadline: float | None = None
+    admission_deadline: float | None = None  # for decode's reservation
+    prompt_tokens: int = 0
+    max_new_tokens: int = 0
     state: State = State.BOOTSTRAPPING
     reservation: object = None  # opaque here
     quarantined: bool = False
+    writer: object = None  # what has to be fenced, once prefill is lost; opaque here
+    decode_lost: bool = False
     reason: str = ""
     message: str = ""
 
     @property
     def at_rest(self) -> bool:
-        """No event can bring an effect any more."""
-        return self.state.terminal and not self.quarantined
+        """Nobody is waited for any more. A quarantine of two lost workers ends with decode's process."""
+        return self.state.terminal and not (self.quarantined and self.awaited)
+
+    @property
+    def prefill_lost(self) -> bool:
+        """Whether prefill's life ended before it was quiet."""
+        return self.writer is not None
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody is left who may end a quarantine."""
+        return not (self.prefill_lost and self.decode_lost)
 
     @property
     def deadline(self) -> Deadline | None:
@@ -105,6 +124,10 @@ class Room:
             return None
         seconds, reason, what = limits[self.state]
         own = Deadline(self.changed_at + seconds, reason, f"{what} within {seconds:g} s")
+        admission = self.admission_deadline if self.state is State.BOOTSTRAPPING else None
+        if admission is not None and admission < own.at:
+            waited_s = admission - self.opened_at
+            own = Deadline(admission, Reason.OVERLOADED, f"decode did not admit the request within {waited_s:.3g} s")
         if self.request_deadline is not None and self.request_deadline < own.at:
             return Deadline(self.request_deadline, Reason.DEADLINE_EXCEEDED, "the request's deadline passed")
         return own
@@ -162,11 +185,12 @@ class DeadlinePassed:
 
 @dataclass(frozen=True)
 class WorkerLost:
-    """One of the room's workers is gone, and with it whatever it might still have written."""
+    """The life of one of the room's workers ended; its process may live on. `writer` names prefill's endpoints."""
 
     ticket: Ticket
     which: Party
     message: str = ""
+    writer: object = ()
 
 
 @dataclass(frozen=True)
@@ -176,7 +200,14 @@ class Quiet:
     ticket: Ticket
 
 
-Event = Reserved | Transferring | Transferred | RoomFailed | Abort | DeadlinePassed | WorkerLost | Quiet
+@dataclass(frozen=True)
+class Fenced:
+    """Decode's endpoint has fenced a lost prefill worker off, and the pages are free."""
+
+    ticket: Ticket
+
+
+Event = Reserved | Transferring | Transferred | RoomFailed | Abort | DeadlinePassed | WorkerLost | Quiet | Fenced
 
 
 @dataclass(frozen=True)
@@ -218,6 +249,8 @@ def next(room: Room, event: Event, now: float) -> Transition:
             return worker_lost(room, event, now)
         case Quiet():
             return quiet(room)
+        case Fenced():
+            return fenced(room)
 
 
 def reserved(room: Room, event: Reserved, now: float) -> Transition:
@@ -269,22 +302,33 @@ def expire(room: Room, now: float) -> Transition:
 
 
 def worker_lost(room: Room, event: WorkerLost, now: float) -> Transition:
-    """The lost worker is told nothing; a lost prefill worker cannot write, a lost decode worker has no pages."""
-    gone = {
-        Party.PREFILL: (Effect.END_PREFILL,),
-        Party.DECODE: (Effect.END_DECODE, Effect.RELEASE),
-    }[event.which]
-    released = (Effect.RELEASE,) if event.which is Party.PREFILL else ()
+    """The lost worker is told nothing. What prefill was given to write to stays in quarantine."""
     if room.at_rest:
         return Transition(room)
-    if room.quarantined:
-        return Transition(replace(room, quarantined=False), (*released, Effect.PERSIST))
-    message = event.message or f"the {event.which} worker is gone"
-    failed = fail(room, Reason.WORKER_LOST, message, now)
-    effects = [effect for effect in failed.effects if effect not in gone]
-    if released and Effect.RELEASE not in effects:
-        effects.insert(effects.index(Effect.END_DECODE) + 1, Effect.RELEASE)
-    return Transition(replace(failed.room, quarantined=False), tuple(effects))
+    if event.which is Party.PREFILL:
+        return prefill_lost(room, event, now)
+    if room.decode_lost:
+        return Transition(room)
+    if room.state.terminal:
+        return Transition(replace(room, decode_lost=True), (Effect.PERSIST,))
+    failed = fail(room, Reason.WORKER_LOST, event.message or "the decode worker is gone", now)
+    return told(replace(failed.room, decode_lost=True), failed.effects, but=(Effect.END_DECODE, Effect.RELEASE))
+
+
+def prefill_lost(room: Room, event: WorkerLost, now: float) -> Transition:
+    if room.prefill_lost:
+        return Transition(room)
+    if room.state.terminal:  # and quarantined
+        return Transition(replace(room, writer=event.writer), (Effect.FENCE, Effect.PERSIST))
+    failed = fail(room, Reason.WORKER_LOST, event.message or "the prefill worker is gone", now)
+    if not failed.room.quarantined:
+        return told(failed.room, failed.effects, but=(Effect.END_PREFILL,))
+    effects = (Effect.END_DECODE, Effect.FENCE, Effect.END_ROUTER, Effect.PERSIST)
+    return Transition(replace(failed.room, writer=event.writer), effects)
+
+
+def told(room: Room, effects: tuple[Effect, ...], but: tuple[Effect, ...]) -> Transition:
+    return Transition(room, tuple(effect for effect in effects if effect not in but))
 
 
 def quiet(room: Room) -> Transition:
@@ -293,6 +337,14 @@ def quiet(room: Room) -> Transition:
     if not room.quarantined:
         return Transition(room)
     return Transition(replace(room, quarantined=False), (Effect.RELEASE, Effect.PERSIST))
+
+
+def fenced(room: Room) -> Transition:
+    if not room.state.terminal:
+        return wrong_state(room, "fenced")
+    if not room.quarantined:
+        return Transition(room)
+    return Transition(replace(room, quarantined=False), (Effect.PERSIST,))
 
 
 def wrong_state(room: Room, event: str, effects: tuple[Effect, ...] = ()) -> Transition:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from common.config.tls import Credentials
 from common.errors.base import MeshError, Reason
 from common.mesh.session import Session, unreachable
 from common.mesh.ticket import Ticket
@@ -30,8 +31,9 @@ class RouterSession(Session[pb.RouterEvent, pb.MeshEvent]):
         address: str,
         on_workers_changed: Callable[[], None] | None = None,
         on_room_ended: Callable[[pb.RoomEnded], None] | None = None,
+        tls: Credentials | None = None,
     ) -> None:
-        super().__init__(address)
+        super().__init__(address, tls)
         self.on_workers_changed = on_workers_changed
         self.on_room_ended = on_room_ended
         self.workers: dict[str, types_pb2.Worker] = {}
@@ -75,6 +77,12 @@ class RouterSession(Session[pb.RouterEvent, pb.MeshEvent]):
         """The sequence is over: nothing more is told about the room. To give one up, abort it first."""
         self._open.discard(ticket)
         self.outbox.put(pb.RouterEvent(close=pb.CloseRoom(ticket=ticket_to(ticket))))
+
+    def request_failed(self, request_id: str, error: MeshError) -> None:
+        """Tell that a request failed, for whoever asks bootstrap to explain it. Without a session nobody is told."""
+        if self.ready.is_set():
+            failed = pb.RequestFailed(request_id=request_id, reason=error.reason, message=error.message)
+            self.outbox.put(pb.RouterEvent(request_failed=failed))
 
     # ---------------------------------------------------------------------------------- of the stream
 

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
+from common.config.tls import Credentials
 from common.errors.base import MeshError, Reason
 from common.mesh.outbox import Outbox
 from common.obs.log import get_logger
@@ -28,8 +29,9 @@ log = get_logger(__name__)
 class Session(ABC, Generic[Up, Down]):
     """Runs from `start` to `close`, in one task. Callbacks run in the event loop and must not block."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: Credentials | None = None) -> None:
         self.address = address
+        self.tls = tls
         self.outbox: Outbox[Up] = Outbox()
         self._task: asyncio.Task[None] | None = None
         self._backoff_s = FIRST_BACKOFF_S
@@ -94,7 +96,7 @@ class Session(ABC, Generic[Up, Down]):
         """One stream from beginning to end; returns why it ended."""
         self.outbox = Outbox()
         # a channel of its own: no back-off but ours
-        channel = connect(self.address)
+        channel = connect(self.address, self.tls)
         try:
             call = self.open(bootstrap_service_pb2_grpc.BootstrapServiceStub(channel))
             writer = asyncio.create_task(self._write(call))

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from common.config.tls import Credentials
 from common.errors.base import MeshError
 from common.mesh.session import Session
 from common.obs.log import get_logger
@@ -32,8 +33,9 @@ class WorkerSession(Session[pb.WorkerEvent, pb.ControlEvent]):
         on_event: Callable[[pb.ControlEvent], None],
         on_lost: Callable[[MeshError], None] | None = None,
         on_registered: Callable[[], None] | None = None,
+        tls: Credentials | None = None,
     ) -> None:
-        super().__init__(bootstrap_address)
+        super().__init__(bootstrap_address, tls)
         self.describe = describe
         self.load = load
         self.on_event = on_event

@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from common.models.config import ModelConfig, bad_checkpoint, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 SAMPLE_ELEMENTS = 64  # of every tensor, for the fingerprint
 
 
@@ -22,27 +21,6 @@ class Index(msgspec.Struct):
     """model.safetensors.index.json: which file holds each tensor."""
 
     weight_map: dict[str, str]
-
-
-def find_checkpoint(model_path: str) -> Path:
-    """The folder of a checkpoint: `model_path` itself, or the hub repository of that name, downloaded once.
-
-    `HF_HUB_OFFLINE` and the other variables of huggingface_hub apply.
-
-    Raises:
-        MeshError: BAD_CHECKPOINT when there is neither a folder nor a repository that can be had.
-    """
-    folder = Path(model_path).expanduser()
-    if folder.is_dir():
-        return folder
-    if not model_path or model_path.startswith(("/", ".", "~")) or model_path.count("/") > 1:
-        raise bad_checkpoint(f"{model_path!r} is not a folder")
-    from huggingface_hub import snapshot_download  # slow to import, and needed by few
-
-    try:
-        return Path(snapshot_download(model_path, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub's client raises errors of several libraries
-        raise bad_checkpoint(f"{model_path!r} is not a folder, and the hub: {error}") from error
 
 
 class Checkpoint:

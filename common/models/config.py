@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from common.errors.base import MeshError, Reason
-from common.layers.rotary import RopeConfig
+from common.layers.rope import RopeConfig
 
 T = TypeVar("T")
 

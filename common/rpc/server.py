@@ -11,12 +11,21 @@ import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from common.config.tls import Credentials
 from common.errors.base import MeshError, Reason
+from common.obs import metrics
+from common.obs.log import get_logger
+from common.rpc.address import is_loopback, join
 from common.rpc.interceptor import ErrorInterceptor
 from common.rpc.options import SERVER
 from common.rpc.reflection import add_reflection
 
+log = get_logger(__name__)
+
 DEFAULT_DEADLINE_S = 60.0
+CERTIFICATE_EXPIRES = metrics.gauge(
+    "tls_certificate_expiry_seconds", "When the gRPC server's certificate expires, since 1970; 0 without TLS."
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Server:
     @property
     def address(self) -> str:
         """`host:port` as bound."""
-        return f"{self.host}:{self.port}"
+        return join(self.host, self.port)
 
     async def start(self) -> None:
         """Accept calls; health answers NOT_SERVING until `set_serving(True)`."""
@@ -62,20 +71,31 @@ class Server:
 
 
 def make_server(
-    host: str, port: int, services: Sequence[Service], *, default_deadline_s: float = DEFAULT_DEADLINE_S
+    host: str,
+    port: int,
+    services: Sequence[Service],
+    *,
+    tls: Credentials | None = None,
+    default_deadline_s: float = DEFAULT_DEADLINE_S,
 ) -> Server:
     """Bind a server for `services`; port 0 picks a free port. Call inside a running event loop.
 
+    With `tls` it speaks TLS alone, and where that names authorities, only with clients that they certify.
     `default_deadline_s` is for unary calls that bring no deadline. Raises `MeshError` (BAD_CONFIG) when the
     address cannot be bound.
     """
     check_free(host, port)
     grpc_server = grpc.aio.server(interceptors=[ErrorInterceptor(default_deadline_s)], options=SERVER)
     try:
-        bound = grpc_server.add_insecure_port(f"{host}:{port}")
+        bound = bind(grpc_server, join(host, port), tls)
     except RuntimeError as error:
         raise cannot_listen(host, port, str(error)) from None
     server = Server(grpc_server, host, bound, [service.name for service in services])
+    if tls:
+        CERTIFICATE_EXPIRES.set(tls.expires_at or 0)
+        log.info("gRPC over TLS", address=server.address, mutual=tls.ca is not None, expires=tls.expiry)
+    elif not is_loopback(host):
+        log.warning("gRPC beyond loopback without TLS: anybody who reaches it may use it", address=server.address)
     for service in services:
         service.add_to_server(service.servicer, grpc_server)
     health_pb2_grpc.add_HealthServicer_to_server(server.health, grpc_server)  # type: ignore[no-untyped-call]
@@ -83,6 +103,16 @@ def make_server(
     standard = [*health_pb2.DESCRIPTOR.services_by_name.values(), *channelz_pb2.DESCRIPTOR.services_by_name.values()]
     add_reflection(grpc_server, [*(service.name for service in services), *(s.full_name for s in standard)])
     return server
+
+
+def bind(server: grpc.aio.Server, address: str, tls: Credentials | None) -> int:
+    """Add the port and return its number. Raises RuntimeError when it cannot be bound."""
+    if tls is None:
+        return server.add_insecure_port(address)
+    credentials = grpc.ssl_server_credentials(
+        [(tls.key or b"", tls.certificate or b"")], tls.ca, require_client_auth=tls.ca is not None
+    )
+    return server.add_secure_port(address, credentials)
 
 
 def check_free(host: str, port: int) -> None:
@@ -97,4 +127,4 @@ def check_free(host: str, port: int) -> None:
 
 
 def cannot_listen(host: str, port: int, why: str) -> MeshError:
-    return MeshError(Reason.BAD_CONFIG, f"cannot listen on {host}:{port}: {why}")
+    return MeshError(Reason.BAD_CONFIG, f"cannot listen on {join(host, port)}: {why}")

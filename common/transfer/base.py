@@ -14,6 +14,9 @@ Promises that every backend keeps (tests/contract/test_transfer.py):
 - `connect`, `disconnect` and `close` may block for seconds when the peer does not answer (each backend's module
   says for how long); a loop that must not stall calls them from a thread of its own.
 - Every method may be called from any thread. `wake` is called from the backend's threads and must not block.
+- A process that is stopped, or cut off, may go on to write later: only its own word, or its end, proves that it
+  does not. `fence` tells its end. A process lives through several lives in the control plane; `live` numbers them,
+  so that what it was granted in one life is fenced off without barring its later ones.
 """
 
 from __future__ import annotations
@@ -64,15 +67,21 @@ class Capabilities:
 
     same_host_only: bool
     native_notify: bool
+    moves_bytes: bool = True
 
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """Settings of a rank's transfer endpoint. `host` is the address that peers reach."""
+    """Settings of a rank's transfer endpoint. `host` is the address that peers reach.
+
+    `latency_s` and `bytes_per_s` (0: no limit) are how long the emulated backend takes.
+    """
 
     host: str = "127.0.0.1"
     ib_device: str | None = None
     threads: int = 1
+    latency_s: float = 0.0
+    bytes_per_s: float = 0.0
 
 
 class TransferBackend(Protocol):
@@ -102,6 +111,18 @@ class TransferBackend(Protocol):
 
     def disconnect(self, peer: PeerId) -> None:
         """Forget a peer; handles under way end as FAILED. When it returns, nothing more is written there."""
+        ...
+
+    def live(self, epoch: int) -> None:
+        """From now on this endpoint reaches its peers as one of the life `epoch`; 0 until then."""
+        ...
+
+    def fence(self, descriptor: bytes, epoch: int) -> bool:
+        """Refuse all further connections that the endpoint `descriptor` dials in its life `epoch` or before.
+
+        True once none is open, and nothing that came over one can land here any more. Never blocks; call it again
+        until then (`wake` is called when a connection ends). Raises `TransferError` for a foreign descriptor.
+        """
         ...
 
     def submit(self, peer: PeerId, runs: Sequence[Run], timeout_s: float) -> Handle:

@@ -2,7 +2,9 @@
 
 Every endpoint listens on one stream socket and serves all its connections from one thread. A connection is
 used in one direction: who dialled sends, who accepted receives. All sockets of the process that ends are closed
-by its kernel, so an end of file means that the peer is gone, whatever its engine says.
+by its kernel, so an end of file means that the peer is gone, whatever its engine says. The kernel closes them
+after the last thread of the process has left its memory: at the end of file none of them can write to a mapping.
+A connection that ends otherwise (its host does not answer, or has forgotten it) proves nothing.
 
 A frame is a header (magic, version, kind, length, incarnation of the addressee) and at most 64 KiB of payload.
 The incarnation is a random UUID that a peer learns from a descriptor; nothing is accepted from a connection
@@ -13,6 +15,7 @@ sockets also accept their own user only.
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import selectors
 import socket
@@ -32,10 +35,14 @@ Address = str | tuple[str, int]
 MAX_PAYLOAD_BYTES = 64 << 10
 MAX_UNSENT_BYTES = 16 << 20
 HANDSHAKE_TIMEOUT_S = 5.0
+# A peer that is out of reach, but for all we know alive, is taken for gone after this time: by then every engine
+# has given up a connection that carries nothing (Mooncake after 10 s, UCX and RDMA queue pairs within seconds).
+UNREACHABLE_S = 120.0
 _RECEIVE_BYTES = 256 << 10
 _MAGIC = b"PDMT"
 _VERSION = 1
 _HEADER = struct.Struct(">4sBBxxI16s")
+_HELLO = struct.Struct(">16sQ")  # incarnation and life of who dials
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
@@ -50,11 +57,16 @@ class Kind(IntEnum):
 
 
 class Link:
-    """One connection. `fds` are descriptors that came with the peer's welcome; the link owns them."""
+    """One connection. `fds` are descriptors that came with the peer's welcome; the link owns them.
+
+    `life` is the peer's, if it dialled. `ended_by_peer` is set when its kernel closed the connection in order.
+    """
 
     def __init__(self, connection: socket.socket, peer: bytes | None) -> None:
         self.socket = connection
         self.peer = peer
+        self.life = 0
+        self.ended_by_peer = False
         self.fds: list[int] = []
         self.born = time.monotonic()
         self.inbound = bytearray()
@@ -100,6 +112,8 @@ class Channel:
 
     def __init__(self, incarnation: bytes, address: Address, events: Events, shared_fds: Sequence[int] = ()) -> None:
         self.dropped_frames = 0
+        self.refused_hellos = 0
+        self.life = 0
         self._incarnation = incarnation
         self._events = events
         self._shared_fds = list(shared_fds)
@@ -108,6 +122,10 @@ class Channel:
         self._poke_lock = threading.Lock()
         self._tasks: deque[Callable[[], None]] = deque()
         self._links: set[Link] = set()
+        self._fence_lock = threading.Lock()
+        self._inbound: set[Link] = set()
+        self._fenced: dict[bytes, int] = {}  # incarnation -> its last life that is refused
+        self._gone_at: dict[bytes, float] = {}  # incarnation -> when its connections that ended were surely no more
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._selector.register(self._poke_fd, selectors.EVENT_READ, None)
@@ -133,7 +151,7 @@ class Channel:
         link = Link(connection, peer)
         try:
             _check_user(connection)
-            connection.sendall(_frame(Kind.HELLO, peer, self._incarnation))
+            connection.sendall(_frame(Kind.HELLO, peer, _HELLO.pack(self._incarnation, self.life)))
             _receive_welcome(link, self._incarnation)
         except (OSError, TransferError) as error:
             link.close()
@@ -156,6 +174,18 @@ class Channel:
             unsent = bool(link.outbound)
         if unsent:
             self._call(lambda: self._watch_for(link))
+
+    def fence(self, peer: bytes, life: int) -> float | None:
+        """Welcome `peer` no more in its life `life` or before.
+
+        Returns since when none of those connections is there, in seconds of the monotonic clock, perhaps in the
+        future; None while one is open.
+        """
+        with self._fence_lock:
+            self._fenced[peer] = max(life, self._fenced.get(peer, 0))
+            if any(link.peer == peer and link.life <= life for link in self._inbound):
+                return None
+            return self._gone_at.get(peer, -math.inf)
 
     def hang_up(self, link: Link) -> None:
         """Close a link, from any thread."""
@@ -235,8 +265,11 @@ class Channel:
             data = link.socket.recv(_RECEIVE_BYTES)
         except BlockingIOError:
             return
-        except OSError:
+        except OSError as error:
+            link.ended_by_peer = link.socket.family == socket.AF_UNIX and isinstance(error, ConnectionError)
             data = b""
+        else:
+            link.ended_by_peer = not data
         link.inbound += data
         if not data or not self._take_frames(link):
             self._drop(link)
@@ -267,18 +300,27 @@ class Channel:
         return True
 
     def _welcome(self, link: Link, kind: Kind, payload: bytes) -> bool:
-        if kind != Kind.HELLO or len(payload) != len(self._incarnation):
+        if kind != Kind.HELLO or len(payload) != _HELLO.size:
             return False
-        answer = _frame(Kind.WELCOME, payload, self._incarnation)
+        peer, link.life = _HELLO.unpack(payload)
+        with self._fence_lock:
+            if link.life <= self._fenced.get(peer, -1):
+                self.refused_hellos += 1
+                return False
+            link.peer = peer
+            self._inbound.add(link)  # before it is given anything to write to
+        answer = _frame(Kind.WELCOME, peer, self._incarnation)
         try:
             _check_user(link.socket)
+            _keep_alive(link.socket)
             if self._shared_fds:
                 socket.send_fds(link.socket, [answer], self._shared_fds)
             else:
                 link.socket.send(answer)
         except (OSError, TransferError):
+            with self._fence_lock:
+                self._inbound.discard(link)
             return False
-        link.peer = payload
         return True
 
     def _drop(self, link: Link) -> None:
@@ -287,6 +329,12 @@ class Channel:
         self._links.remove(link)
         self._selector.unregister(link.socket)
         link.close()
+        with self._fence_lock:
+            if link in self._inbound:
+                assert link.peer is not None
+                self._inbound.remove(link)
+                gone_at = time.monotonic() + (0.0 if link.ended_by_peer else UNREACHABLE_S)
+                self._gone_at[link.peer] = max(gone_at, self._gone_at.get(link.peer, gone_at))
         self._events.on_gone(link)
 
 
@@ -342,11 +390,7 @@ def _connect(address: Address) -> socket.socket:
     if not isinstance(address, str):
         connection = socket.create_connection(address, HANDSHAKE_TIMEOUT_S)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A host that vanishes closes nothing: let the kernel ask, and give up after some seconds.
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+        _keep_alive(connection)
         return connection
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(HANDSHAKE_TIMEOUT_S)
@@ -356,6 +400,16 @@ def _connect(address: Address) -> socket.socket:
         connection.close()
         raise
     return connection
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """A host that vanishes closes nothing: let the kernel ask, and give up after some seconds."""
+    if connection.family == socket.AF_UNIX:
+        return
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
 
 def _check_user(connection: socket.socket) -> None:

@@ -43,6 +43,19 @@ class Transfer:
         return self.submitted + self.timeout_s
 
 
+class PeerQueue(Protocol):
+    """What takes the transfers to one peer, in order; a `Dispatcher` unless the backend has its own."""
+
+    def put(self, transfer: Transfer) -> None:
+        """Queue a transfer. Does not block."""
+
+    def stop(self) -> None:
+        """End after what is queued; whoever calls has ended those transfers."""
+
+    def join(self) -> None:
+        """Wait until nothing more is written."""
+
+
 class Dispatcher:
     """Runs a peer's transfers one after the other; `open_writer` and the writer run in its thread."""
 

@@ -29,7 +29,7 @@ from common.transfer.base import (
     Wake,
 )
 from common.transfer.channel import Address, Channel, Kind, Link
-from common.transfer.dispatcher import Dispatcher, Transfer, Writer
+from common.transfer.dispatcher import Dispatcher, PeerQueue, Transfer, Writer
 from common.transfer.memory import address_of, map_memory
 from common.transfer.runs import checked
 
@@ -71,7 +71,7 @@ class Pool:
 class _Peer:
     descriptor: Descriptor
     link: Link
-    dispatcher: Dispatcher
+    dispatcher: PeerQueue
     gone: str = ""
 
 
@@ -80,6 +80,8 @@ class Endpoint(ABC):
 
     name: str
     capabilities: Capabilities
+    # How long bytes of a process that has ended may still be on their way into the pool, in seconds.
+    settle_s: float = 0.0
 
     def __init__(self, config: TransferConfig, wake: Wake) -> None:
         self.config = config
@@ -141,9 +143,7 @@ class Endpoint(ABC):
                     return peer_id
             link = channel.dial(wanted.control, wanted.incarnation)
             peer_id = PeerId(next(self._peer_ids))
-            dispatcher = Dispatcher(
-                f"transfer-peer-{peer_id}", lambda: self._open_writer(pool, wanted, link), self._finish
-            )
+            dispatcher = self._make_dispatcher(f"transfer-peer-{peer_id}", pool, wanted, link)
             peer = _Peer(wanted, link, dispatcher)
             with self._lock:
                 if not link.open:
@@ -161,6 +161,18 @@ class Endpoint(ABC):
         self._channel.hang_up(known.link)
         with self._lock:
             self._peers.pop(peer, None)
+
+    def live(self, epoch: int) -> None:
+        _, channel = self._begun()
+        channel.life = epoch
+
+    def fence(self, descriptor: bytes, epoch: int) -> bool:
+        _, channel = self._begun()
+        writer = Descriptor.decode(descriptor)
+        if writer.backend != self.name:
+            raise TransferError(f"the writer's transfer backend is {writer.backend}, this one is {self.name}")
+        gone_at = channel.fence(writer.incarnation, epoch)
+        return gone_at is not None and time.monotonic() >= gone_at + self.settle_s
 
     def _lose(self, peer: _Peer, why: str) -> None:
         with self._lock:
@@ -237,6 +249,7 @@ class Endpoint(ABC):
             lost = [peer for peer in self._peers.values() if peer.link is link]
         for peer in lost:
             self._lose(peer, "the peer is gone")
+        self._wake()
 
     def on_tick(self) -> float | None:
         """The channel's: end what is over its time; returns the seconds until the next deadline."""
@@ -290,6 +303,10 @@ class Endpoint(ABC):
     def _on_remote_write(self, link: Link, active: bool) -> None:
         """A peer begins or ends to write here. In the channel's thread; `active=False` may repeat."""
         return
+
+    def _make_dispatcher(self, name: str, pool: Pool, peer: Descriptor, link: Link) -> PeerQueue:
+        """What takes the transfers to one peer."""
+        return Dispatcher(name, lambda: self._open_writer(pool, peer, link), self._finish)
 
     @abstractmethod
     def _start_engine(self, pool: Pool) -> None:

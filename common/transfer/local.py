@@ -5,6 +5,10 @@ AF_UNIX socket, of the same user and in the same network namespace) is handed it
 copies in a thread of its own, without the GIL. Nothing has a name in a file system, so nothing is left behind,
 however a process ends.
 
+Fencing: a mapping cannot be revoked, so a writer is fenced off when its process has ended, or has closed the
+connection after unmapping the pool. A stopped process keeps its connection and its mapping: its pages stay in
+quarantine until it is let go on, or killed. Nothing is on its way once the process has ended.
+
 A write needs nothing of the peer's process: into a stopped one it succeeds, and into the pool of one that died
 it is harmless. `disconnect` waits for the copy under way, at most 16 MiB a thread; after it nothing is written.
 """
@@ -89,8 +93,9 @@ class _LocalWriter:
         self._helpers = ThreadPoolExecutor(threads, "transfer-copy") if threads > 1 else None
 
     def write(self, pieces: Pieces, give_up: GiveUp) -> None:
-        parts = batches(pieces, _BATCH_PIECES, _BATCH_BYTES)
-        copies = self._helpers.map(self._copy, parts) if self._helpers else map(self._copy, parts)
+        parts = list(batches(pieces, _BATCH_PIECES, _BATCH_BYTES))
+        helpers = self._helpers if len(parts) > 1 else None  # one alone is copied faster than it is handed over
+        copies = helpers.map(self._copy, parts) if helpers else map(self._copy, parts)
         for _ in copies:
             if give_up():
                 raise TransferError("given up")

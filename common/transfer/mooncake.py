@@ -6,6 +6,10 @@ them. So `disconnect` waits for the call under way, at most MC_TRANSFER_TIMEOUT 
 not answer, and destroys that peer's engine. What the kernel of a stopped peer has already received by then, a
 few pages, still lands in the moment the peer runs again. With RDMA, each engine registers the pool anew.
 
+Fencing: an engine's end of one connection cannot be closed for a single peer, so a writer is fenced off when its
+process has ended. Its queue pairs end with it; over TCP, what both kernels hold of its stream still arrives, for
+which 2 s are given. A writer whose host does not answer counts as gone after 120 s (see `channel`).
+
 Over TCP Mooncake listens on all interfaces, unauthenticated, and has no setting that says otherwise
 (MC_TCP_BIND_ADDRESS chooses the announced address only, and not in the peer-to-peer handshake used here).
 Where `host` is a loopback address, the listeners are therefore bound to the loopback device after they are
@@ -92,6 +96,7 @@ class MooncakeEndpoint(Endpoint):
 
     name = "mooncake"
     capabilities = Capabilities(same_host_only=False, native_notify=True)
+    settle_s = 2.0
 
     def __init__(self, config: TransferConfig, wake: Wake, engine_class: Any) -> None:
         super().__init__(config, wake)

@@ -11,6 +11,9 @@ still lands, but destroying its agent drops it. So `disconnect` ends at the next
 agent. What the kernel of a stopped peer has already received by then, up to its socket buffers' size, still
 lands when the peer polls again. With RDMA, each agent registers the pool anew.
 
+Fencing: as with Mooncake, a writer is fenced off when its process has ended, and 2 s later: what UCX has received
+over TCP or shared memory lands when this side polls, which is every 0.5 s at least.
+
 The pool is host memory. UCX_NET_DEVICES is set to `lo` where `host` is a loopback address, and the log levels
 are lowered, unless the user set them; UCX_TLS is the user's. The agent's name is its endpoint's incarnation, so
 a restarted peer is never taken for its predecessor. UCX keeps one thread of its own while agents exist.
@@ -69,6 +72,7 @@ class NixlEndpoint(Endpoint):
 
     name = "nixl"
     capabilities = Capabilities(same_host_only=False, native_notify=True)
+    settle_s = 2.0
 
     def __init__(self, config: TransferConfig, wake: Wake, api: Any) -> None:
         super().__init__(config, wake)

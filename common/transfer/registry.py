@@ -11,6 +11,7 @@ _MODULES = {
     "local": "common.transfer.local",
     "mooncake": "common.transfer.mooncake",
     "nixl": "common.transfer.nixl",
+    "emulated": "common.transfer.emulated",
 }
 NAMES = tuple(_MODULES)
 

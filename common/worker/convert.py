@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from common.engine.messages import Ledger, Load, Sampling, SequenceFailed, TokenLogprobs, Tokens
 from common.errors.base import STATUS, Reason
+from common.mesh.credit import Credit
 from common.mesh.wire import ticket_from, ticket_to
 from common.worker.messages import (
     RankReady,
     RankReservation,
     RoomEnded,
     RoomFailed,
+    RoomFenced,
     RoomQuiet,
     RoomReleased,
     RoomReserved,
@@ -28,7 +30,7 @@ FINISH = {
     "abort": pb.FINISH_REASON_ABORT,
 }
 
-RoomNews = RoomReserved | RoomTransferring | RoomTransferred | RoomFailed | RoomQuiet
+RoomNews = RoomReserved | RoomTransferring | RoomTransferred | RoomFailed | RoomQuiet | RoomFenced
 
 
 # ---------------------------------------------------------------------------------------- from the mesh
@@ -61,7 +63,9 @@ def control_from(event: bootstrap_pb.ControlEvent) -> RoomReserved | RoomEnded |
         case "ended":
             return RoomEnded(ticket_from(event.ended.ticket), event.ended.reason, event.ended.message)
         case "released":
-            return RoomReleased(ticket_from(event.released.ticket))
+            released = event.released
+            when_gone = tuple(endpoint.descriptor for endpoint in released.when_gone)
+            return RoomReleased(ticket_from(released.ticket), when_gone, released.epoch)
     return None
 
 
@@ -84,6 +88,8 @@ def room_event_to(news: RoomNews) -> bootstrap_pb.WorkerEvent:
             return bootstrap_pb.WorkerEvent(failed=failed)
         case RoomQuiet():
             return bootstrap_pb.WorkerEvent(quiet=bootstrap_pb.RoomQuiet(ticket=ticket))
+        case RoomFenced():
+            return bootstrap_pb.WorkerEvent(fenced=bootstrap_pb.RoomFenced(ticket=ticket))
 
 
 def rank_reservation_to(rank: RankReservation) -> pb.RankReservation:
@@ -109,6 +115,17 @@ def load_to(load: Load) -> pb.WorkerLoad:
         waiting=load.waiting,
         waiting_tokens=load.waiting_tokens,
         ledger=ledger_to(load.ledger),
+        credit=credit_to(load.credit) if load.credit else None,
+        retracted=load.retracted,
+    )
+
+
+def credit_to(credit: Credit) -> pb.Credit:
+    return pb.Credit(
+        pages=credit.pages,
+        sequences=credit.sequences,
+        limit_pages=credit.limit_pages,
+        reserved_tokens=credit.reserved_tokens,
     )
 
 

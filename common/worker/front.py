@@ -7,7 +7,6 @@ looks there; that difference is a `Role`. Everything else is here.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -16,16 +15,21 @@ from typing import Any, Generic, TypeVar
 import msgspec
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from common.engine.messages import Ledger, Load, SequenceFailed, Tokens
+from common.config.tls import Credentials
+from common.config.tls import load as load_tls
+from common.engine.messages import Ledger, Load, Retracted, SequenceFailed, Tokens
 from common.errors.base import MeshError, Reason
+from common.mesh.credit import Credit
 from common.mesh.wire import ticket_from
 from common.mesh.worker_session import WorkerSession
 from common.obs import log, metrics
+from common.rpc.address import join
 from common.rpc.announce import announce
 from common.rpc.server import Server, Service, make_server
 from common.worker import convert
 from common.worker.config import WorkerConfig
-from common.worker.messages import AbortSequence, FromRank, Prefilled, RankFailed, RankReady, StartSequence
+from common.worker.credit import CreditTeller, Throttle
+from common.worker.messages import AbortSequence, FromRank, Prefilled, RankFailed, RankReady, Registered, StartSequence
 from common.worker.ranks import RankProcess
 from common.worker.sessions import Session, Sessions
 from pdmesh.v1 import bootstrap_service_pb2 as bootstrap_pb
@@ -34,16 +38,19 @@ from pdmesh.v1 import types_pb2 as pb
 logger = log.get_logger(__name__)
 
 E = TypeVar("E")
-SequenceNews = Tokens | Prefilled | SequenceFailed
+SequenceNews = Tokens | Prefilled | Retracted | SequenceFailed
 
-# A load that changes with every step is told at most this often, beside the heartbeats.
+# A load that changes with every step is told to bootstrap at most this often, beside the heartbeats.
 LOAD_INTERVAL_S = 0.1
 
 KV_PAGES = metrics.gauge("kv_pages", "Pages of the KV pool by ledger state.", ("state",))
 RUNNING = metrics.gauge("running_sequences", "Sequences in the running batch.")
 WAITING = metrics.gauge("waiting_sequences", "Sequences that wait for a slot, pages or a hand-over.")
 GENERATED = metrics.counter("generated_tokens_total", "Tokens sent to routers.")
+RETRACTED = metrics.counter("retracted_sequences_total", "Sequences that gave their pages back so that others grow.")
 ENDED = metrics.counter("sequences_ended_total", "Sequences that ended on this worker.", ("outcome",))
+
+OUTCOME: dict[type, str] = {SequenceFailed: "failed", Retracted: "retracted"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Role(Generic[E]):
     rank_module: str
     make_service: Callable[[Front[E]], Service]
     to_event: Callable[[int, SequenceNews], E]
+    to_credit_event: Callable[[Credit, int], E] | None = None  # where there is credit
 
 
 class Front(Generic[E]):
@@ -66,10 +74,14 @@ class Front(Generic[E]):
         self.sessions = Sessions[E]()
         self._accepting = False
         self._load = Load(0, 0, 0, Ledger(0))
-        self._load_told_at = 0.0
+        self._load_teller = Throttle(lambda: self._mesh.heartbeat(), LOAD_INTERVAL_S)
+        self._credit_teller = CreditTeller(self.sessions, role.to_credit_event) if role.to_credit_event else None
         self._idle = asyncio.Event()
         self._idle.set()
         self._failure: MeshError | None = None
+        self._stop: asyncio.Event
+        self._drain_timeout_s = config.drain_timeout
+        self._tls: Credentials | None = None
         self._server: Server
         self._rank: RankProcess
         self._mesh: WorkerSession
@@ -79,11 +91,13 @@ class Front(Generic[E]):
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set or the rank is gone. Raises `MeshError` when it cannot start or go on."""
         config = self.config
-        self._server = make_server(config.host, config.port, [self.role.make_service(self)])
+        self._stop = stop
+        self._tls = load_tls(config.tls)
+        self._server = make_server(config.host, config.port, [self.role.make_service(self)], tls=self._tls)
         metrics_port, stop_metrics = metrics.serve(config.host, config.metrics.metrics_port)
         try:
             await self._server.start()
-            announce(self.role.name, grpc=self._server.address, metrics=f"{config.host}:{metrics_port}")
+            announce(self.role.name, grpc=self._server.address, metrics=join(config.host, metrics_port))
             if await self._spawn_rank(stop):
                 self._mesh = self._make_session()
                 reader = asyncio.create_task(self._read_rank(stop))
@@ -118,7 +132,12 @@ class Front(Generic[E]):
         assert self._rank.ready  # `spawn` has returned
         record = self._describe(self._rank.ready)
         return WorkerSession(
-            self.config.bootstrap.address, lambda: record, lambda: convert.load_to(self._load), self._on_control
+            self.config.bootstrap.address,
+            lambda: record,
+            lambda: convert.load_to(self._load),
+            self._on_control,
+            on_registered=self._on_registered,
+            tls=self._tls,
         )
 
     async def _serve(self, stop: asyncio.Event) -> None:
@@ -129,6 +148,9 @@ class Front(Generic[E]):
             await stop.wait()
             await self._drain()
         finally:
+            self._load_teller.close()
+            if self._credit_teller:
+                self._credit_teller.close()
             await self._mesh.close()
 
     async def _register(self, stop: asyncio.Event) -> None:
@@ -151,7 +173,7 @@ class Front(Generic[E]):
         await self._server.set_serving(False)
         self._mesh.draining()
         try:
-            await asyncio.wait_for(self._idle.wait(), self.config.drain_timeout)
+            await asyncio.wait_for(self._idle.wait(), self._drain_timeout_s)
         except TimeoutError:
             logger.warning("sequences still running at the end of the drain", sequences=len(self.sessions))
         self.sessions.close_all()
@@ -163,6 +185,8 @@ class Front(Generic[E]):
     ) -> AsyncIterator[list[E]]:
         """One router's stream: `apply` each request, yield batches of events. A broken one aborts what it left."""
         session = self.sessions.open()
+        if self._credit_teller:
+            self._credit_teller.opened(session)
 
         async def read() -> None:
             try:
@@ -191,8 +215,9 @@ class Front(Generic[E]):
         ticket: pb.Ticket | None,
         prompt_ids: list[int],
         sampling: pb.SamplingParams,
+        output_ids: list[int],
     ) -> None:
-        """Begin the router's sequence `number`."""
+        """Begin the router's sequence `number`; `output_ids` are what an earlier attempt generated."""
         if not self._accepting:
             failed = SequenceFailed(0, Reason.DRAINING, "the worker is starting or draining")
             session.outbox.put(self.role.to_event(number, failed))
@@ -206,6 +231,7 @@ class Front(Generic[E]):
                 ticket=ticket_from(ticket) if ticket else None,
                 prompt_ids=prompt_ids,
                 sampling=convert.sampling_from(sampling),
+                output_ids=output_ids,
             )
         )
 
@@ -233,7 +259,7 @@ class Front(Generic[E]):
         """A step's news: sequences' to their routers, rooms' to bootstrap."""
         for message in batch.messages:
             match message:
-                case Tokens() | Prefilled() | SequenceFailed():
+                case Tokens() | Prefilled() | Retracted() | SequenceFailed():
                     self._on_sequence(message)
                 case RankReady() | RankFailed():
                     raise TypeError(f"a rank that runs sent {type(message).__name__}")
@@ -251,18 +277,19 @@ class Front(Generic[E]):
         session.outbox.put(self.role.to_event(number, news))
         if not isinstance(news, Tokens) or news.finish:
             self.sessions.end(news.sequence_id)
-            ENDED.labels("failed" if isinstance(news, SequenceFailed) else "finished").inc()
+            ENDED.labels(OUTCOME.get(type(news), "finished")).inc()
             self._check_idle()
 
     def _on_load(self, load: Load) -> None:
+        RETRACTED.inc(load.retracted - self._load.retracted)
         self._load = load
         RUNNING.set(load.running)
         WAITING.set(load.waiting)
         for state in load.ledger.__struct_fields__:
             KV_PAGES.labels(state).set(getattr(load.ledger, state))
-        if time.monotonic() - self._load_told_at > LOAD_INTERVAL_S:
-            self._load_told_at = time.monotonic()
-            self._mesh.heartbeat()
+        self._load_teller.want()
+        if self._credit_teller and load.credit:
+            self._credit_teller.update(load.credit, load.last_start)
 
     def _check_idle(self) -> None:
         if not len(self.sessions):
@@ -270,12 +297,24 @@ class Front(Generic[E]):
 
     # ------------------------------------------------------------------------------------ bootstrap
 
+    def _on_registered(self) -> None:
+        self._rank.send(Registered(self._mesh.epoch))
+
     def _on_control(self, event: bootstrap_pb.ControlEvent) -> None:
         if message := convert.control_from(event):
             self._rank.send(message)
+        elif event.HasField("drain"):
+            self._leave(event.drain)
         elif event.HasField("refused"):
             refused = event.refused
             logger.info("event refused", room=refused.ticket.room_id, what=refused.event, why=refused.message)
+
+    def _leave(self, drain: bootstrap_pb.Drain) -> None:
+        """An operator wants this worker to finish what it has and go: what SIGTERM does, with a timeout of its own."""
+        if drain.HasField("timeout"):
+            self._drain_timeout_s = drain.timeout.ToNanoseconds() / 1e9
+        logger.info("asked to drain", timeout_s=self._drain_timeout_s, sequences=len(self.sessions))
+        self._stop.set()
 
     def _describe(self, ready: RankReady) -> pb.Worker:
         engine = self.config.engine
@@ -296,4 +335,5 @@ class Front(Generic[E]):
             kv_layout=convert.layout_to(ready),
             endpoints=[pb.RankEndpoint(rank=ready.rank, backend=ready.backend, descriptor=ready.descriptor)],
             max_running_requests=engine.max_running_requests,
+            pool_pages=ready.num_pages,
         )

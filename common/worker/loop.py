@@ -7,9 +7,10 @@ from typing import Protocol
 
 import msgspec
 import zmq
+from msgspec import structs
 
 from common.engine.engine import Engine, StepResult
-from common.engine.messages import Load, SequenceFailed, Tokens
+from common.engine.messages import Load, Retracted, SequenceFailed, Tokens
 from common.engine.request import Sequence
 from common.errors.base import MeshError, Reason
 from common.worker.messages import (
@@ -18,8 +19,10 @@ from common.worker.messages import (
     Prefilled,
     RankFailed,
     RankReady,
+    Registered,
     RoomEnded,
     RoomFailed,
+    RoomFenced,
     RoomQuiet,
     RoomReleased,
     RoomReserved,
@@ -38,12 +41,14 @@ Outgoing = (
     | RankFailed
     | Tokens
     | Prefilled
+    | Retracted
     | SequenceFailed
     | RoomReserved
     | RoomTransferring
     | RoomTransferred
     | RoomFailed
     | RoomQuiet
+    | RoomFenced
 )
 Emit = Callable[[Outgoing], None]
 
@@ -63,8 +68,8 @@ class Handover(Protocol):
         """Begin a sequence that has a ticket. Raises `MeshError` to refuse it."""
         ...
 
-    def on_message(self, message: RoomReserved | RoomEnded | RoomReleased) -> None:
-        """Apply what the control plane says about a room."""
+    def on_message(self, message: RoomReserved | RoomEnded | RoomReleased | Registered) -> None:
+        """Apply what the control plane says about a room, or that a new life has begun."""
         ...
 
     def on_abort(self, sequence_id: int) -> bool:
@@ -77,6 +82,10 @@ class Handover(Protocol):
 
     def poll(self) -> None:
         """Take note of what the backend did since the last call."""
+        ...
+
+    def load(self, engine: Load) -> Load:
+        """The engine's load, with what waits and what is promised in hand-overs."""
         ...
 
     def close(self) -> None:
@@ -93,7 +102,7 @@ class NoHandover:
         """Refuse: there is nobody to hand over to."""
         raise MeshError(Reason.UNSUPPORTED, "a unified worker takes no part in a hand-over")
 
-    def on_message(self, message: RoomReserved | RoomEnded | RoomReleased) -> None:
+    def on_message(self, message: RoomReserved | RoomEnded | RoomReleased | Registered) -> None:
         """Ignore: it concerns a room that this worker refused."""
 
     def on_abort(self, sequence_id: int) -> bool:
@@ -106,70 +115,37 @@ class NoHandover:
     def poll(self) -> None:
         """Nothing to take note of."""
 
+    def load(self, engine: Load) -> Load:
+        """The engine's: nothing else is here."""
+        return engine
+
     def close(self) -> None:
         """Nothing to close."""
 
 
-class RankLoop:
-    """Runs an engine and its hand-overs for the front at the other end of `socket`.
+class RankTurns:
+    """An engine and its hand-overs, a turn at a time, without any I/O: messages in, a step, messages out.
 
     Every sequence that the front starts gets exactly one last message: `Tokens` with a finish (also "abort"),
-    `Prefilled`, or `SequenceFailed`. Without work the loop sleeps until the front or a backend's thread has some.
+    `Prefilled`, `Retracted`, or `SequenceFailed`.
     """
 
-    def __init__(self, socket: zmq.Socket[bytes], engine: Engine, waker: Waker) -> None:
-        self._socket = socket
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._waker = waker
         self._handover: Handover = NoHandover()
         self._outbox: list[Outgoing] = []
         self._sent_load: Load | None = None
+        self._last_start = 0
         self._stopping = False
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(ToRank)
-        self._poller = zmq.Poller()
-        self._poller.register(socket, zmq.POLLIN)
-        self._poller.register(waker.fd, zmq.POLLIN)
 
     def emit(self, message: Outgoing) -> None:
         """Queue a message for the front; it leaves at the end of the loop's turn."""
         self._outbox.append(message)
 
-    def stop(self) -> None:
-        """Make `run` return after the step under way. May be called by a signal handler."""
-        self._stopping = True
-        self._waker.wake()
-
-    def run(self, handover: Handover) -> None:
-        """Loop until `Stop` or `stop`, then close the hand-over."""
-        self._handover = handover
-        busy = False
-        self.flush()
-        while not self._stopping:
-            self._receive(busy)
-            if self._stopping:
-                break
-            handover.poll()
-            busy = self._step()
-            self.flush()
-        handover.close()
-        self.flush()
-
-    def _receive(self, busy: bool) -> None:
-        """Apply what the front sent. Unless the engine is busy, wait for it, or for a call of `Waker.wake`."""
-        timeout_ms = 0 if busy else PENDING_POLL_MS if self._handover.pending else None
-        ready = {source for source, _ in self._poller.poll(timeout_ms)}
-        if self._waker.fd in ready:
-            self._waker.drain()
-        while self._socket in ready:
-            try:
-                data = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            for message in self._decoder.decode(data).messages:
-                self._apply(message)
-
-    def _apply(self, message: StartSequence | AbortSequence | RoomReserved | RoomEnded | RoomReleased | Stop) -> None:
+    def _apply(
+        self,
+        message: StartSequence | AbortSequence | RoomReserved | RoomEnded | RoomReleased | Registered | Stop,
+    ) -> None:
         match message:
             case StartSequence():
                 self._start(message)
@@ -182,12 +158,14 @@ class RankLoop:
                 self._handover.on_message(message)
 
     def _start(self, message: StartSequence) -> None:
+        self._last_start = message.sequence_id
         try:
             if message.ticket is not None:
                 self._handover.start(message)
             else:
                 request_id = message.request_id
                 sequence = Sequence(message.sequence_id, message.prompt_ids, message.sampling, request_id=request_id)
+                sequence.output_ids += message.output_ids
                 self._engine.add(sequence)
         except MeshError as error:
             self.emit(SequenceFailed(message.sequence_id, error.reason, error.message))
@@ -197,22 +175,82 @@ class RankLoop:
         if sequence is not None and self._engine.abort(sequence_id):
             self.emit(Tokens(sequence_id, len(sequence.output_ids), [], [], "abort", sequence.cached_tokens))
 
-    def _step(self) -> bool:
-        """Compute a step if there is work; whether there may be more at once."""
+    def _step(self) -> float | None:
+        """Compute a step if there is work. Returns after how many seconds there may be more; None: not by itself."""
         if not self._engine.has_work:
-            return False
+            return None
         result = self._engine.step()
+        self._outbox += [Retracted(sequence.sequence_id) for sequence in result.retracted]
         self._outbox += result.tokens
         # A failed sequence that is still held is the hand-over's to tell, together with its room.
         self._outbox += [failure for failure in result.failures if not self._engine.find(failure.sequence_id)]
         self._handover.on_step(result)
-        return result.scheduled and self._engine.has_work
+        return result.wait_s if result.scheduled and self._engine.has_work else None
+
+    def _take(self) -> FromRank | None:
+        """What is queued for the front, with the load if it changed; None if there is nothing to tell."""
+        load = structs.replace(self._handover.load(self._engine.load()), last_start=self._last_start)
+        changed = load if load != self._sent_load else None
+        if not self._outbox and not changed:
+            return None
+        batch, self._outbox = FromRank(self._outbox, changed), []
+        self._sent_load = load
+        return batch
+
+
+class RankLoop(RankTurns):
+    """Turns for the front at the other end of `socket`.
+
+    Without work the loop sleeps until the front or a backend's thread has some.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], engine: Engine, waker: Waker) -> None:
+        super().__init__(engine)
+        self._socket = socket
+        self._waker = waker
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToRank)
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(waker.fd, zmq.POLLIN)
+
+    def stop(self) -> None:
+        """Make `run` return after the step under way. May be called by a signal handler."""
+        self._stopping = True
+        self._waker.wake()
+
+    def run(self, handover: Handover) -> None:
+        """Loop until `Stop` or `stop`, then close the hand-over."""
+        self._handover = handover
+        wait_s: float | None = None
+        self.flush()
+        while not self._stopping:
+            self._receive(wait_s)
+            if self._stopping:
+                break
+            handover.poll()
+            wait_s = self._step()
+            self.flush()
+        handover.close()
+        self.flush()
+
+    def _receive(self, wait_s: float | None) -> None:
+        """Apply what the front sent. Wait for it, or for a call of `Waker.wake`, unless a step is due before."""
+        timeout_ms = PENDING_POLL_MS if self._handover.pending else None
+        if wait_s is not None:  # rounded down: the rest is looked for at once
+            timeout_ms = min(int(wait_s * 1000), PENDING_POLL_MS)
+        ready = {source for source, _ in self._poller.poll(timeout_ms)}
+        if self._waker.fd in ready:
+            self._waker.drain()
+        while self._socket in ready:
+            try:
+                data = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            for message in self._decoder.decode(data).messages:
+                self._apply(message)
 
     def flush(self) -> None:
-        """Send what is queued, with the load if it changed, as one message."""
-        load = self._engine.load()
-        changed = load if load != self._sent_load else None
-        if self._outbox or changed:
-            self._socket.send(self._encoder.encode(FromRank(self._outbox, changed)))
-            self._outbox = []
-            self._sent_load = load
+        """Send what there is to tell, as one message."""
+        if batch := self._take():
+            self._socket.send(self._encoder.encode(batch))

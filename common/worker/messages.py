@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from common.engine.messages import Load, Message, Sampling, SequenceFailed, Tokens
+from common.engine.messages import Load, Message, Retracted, Sampling, SequenceFailed, Tokens
 from common.kvcache.layout import KvLayout
 from common.mesh.ticket import Ticket
 
@@ -28,13 +28,17 @@ class RankReservation(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StartSequence(Message):
-    """A sequence to run. With a ticket it is one side of a hand-over; without, this worker does both phases."""
+    """A sequence to run. With a ticket it is one side of a hand-over; without, this worker does both phases.
+
+    `output_ids` are what an earlier attempt generated: they are computed with the prompt, and the output goes on.
+    """
 
     sequence_id: int
     request_id: str
     ticket: Ticket | None
     prompt_ids: list[int]
     sampling: Sampling
+    output_ids: list[int] = msgspec.field(default_factory=list)
 
 
 class AbortSequence(Message):
@@ -60,9 +64,20 @@ class RoomEnded(Message):
 
 
 class RoomReleased(Message):
-    """To decode: nobody writes to the failed room's pages any more; they leave quarantine."""
+    """To decode: nobody writes to the failed room's pages any more; they leave quarantine.
+
+    With `when_gone` nobody does once these transfer endpoints, as they were in the worker's life `epoch`, are gone.
+    """
 
     ticket: Ticket
+    when_gone: tuple[bytes, ...] = ()
+    epoch: int = 0
+
+
+class Registered(Message):
+    """The worker begins a life in the control plane; news of rooms from now on belong to it."""
+
+    epoch: int
 
 
 class Stop(Message):
@@ -72,7 +87,7 @@ class Stop(Message):
 class ToRank(msgspec.Struct, frozen=True, array_like=True):
     """A batch, applied in order."""
 
-    messages: list[StartSequence | AbortSequence | RoomReserved | RoomEnded | RoomReleased | Stop]
+    messages: list[StartSequence | AbortSequence | RoomReserved | RoomEnded | RoomReleased | Registered | Stop]
 
 
 # ------------------------------------------------------------------------------------------ rank → front
@@ -134,6 +149,12 @@ class RoomQuiet(Message):
     ticket: Ticket
 
 
+class RoomFenced(Message):
+    """Decode: the room's lost writer can write no more, and the pages are free."""
+
+    ticket: Ticket
+
+
 class FromRank(msgspec.Struct, frozen=True, array_like=True):
     """What happened in a step, in order. `load` is absent when nothing changed."""
 
@@ -142,11 +163,13 @@ class FromRank(msgspec.Struct, frozen=True, array_like=True):
         | RankFailed
         | Tokens
         | Prefilled
+        | Retracted
         | SequenceFailed
         | RoomReserved
         | RoomTransferring
         | RoomTransferred
         | RoomFailed
         | RoomQuiet
+        | RoomFenced
     ]
     load: Load | None = None

@@ -1,4 +1,4 @@
-"""From a config to an engine: what every service's rank module needs."""
+"""The torch engine: a model, and the memory of its pool."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from common.errors.base import MeshError, Reason
 from common.kvcache.allocator import PageAllocator
 from common.kvcache.layout import KvLayout
 from common.kvcache.pool import KvPool
-from common.worker.messages import RankReady
 
 MAX_CPU_POOL_BYTES = 4 * 2**30
 CPU_POOL_SHARE = 0.25  # of the memory that is available: several workers often share one machine
@@ -82,19 +81,3 @@ def build_engine(
             register(pool.address, pool.nbytes)
     runner.attach_pool(pool)
     return Engine(runner, PageAllocator(num_pages), config)
-
-
-def ready_message(rank: int, engine: Engine, backend: str, descriptor: bytes) -> RankReady:
-    """What a rank tells its front once it can work. `backend` and `descriptor` are empty without a hand-over."""
-    runner = engine.runner
-    return RankReady(
-        rank=rank,
-        layout=runner.layout,
-        num_pages=engine.allocator.num_pages,
-        backend=backend,
-        descriptor=descriptor,
-        model_path=runner.model_path,
-        fingerprint=runner.fingerprint,
-        context_length=runner.context_length,
-        vocab_size=runner.vocab_size,
-    )

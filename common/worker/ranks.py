@@ -21,6 +21,7 @@ from common.worker.messages import (
     FromRank,
     RankFailed,
     RankReady,
+    Registered,
     RoomEnded,
     RoomReleased,
     RoomReserved,
@@ -32,7 +33,7 @@ from common.worker.start import RankStart, configure
 
 log = get_logger(__name__)
 
-ForRank = StartSequence | AbortSequence | RoomReserved | RoomEnded | RoomReleased | Stop
+ForRank = StartSequence | AbortSequence | RoomReserved | RoomEnded | RoomReleased | Registered | Stop
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 MAX_FOLDER_LENGTH = 60  # of the temporary folder; a Unix socket's whole path has at most 107 characters

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
+from common.mesh.credit import Credit
 from common.mesh.outbox import Outbox
 
 E = TypeVar("E")
 
 
 class Session(Generic[E]):
-    """One router's stream: what leaves on it, and which of its sequences run."""
+    """One router's stream: what leaves on it, and which of its sequences run.
+
+    Attributes:
+        last_start: The router's number of its last sequence that the ranks' load reflects.
+        told_credit: What the router was told last.
+    """
 
     def __init__(self) -> None:
         self.outbox: Outbox[E] = Outbox()
         self.sequences: dict[int, int] = {}  # the router's number -> the worker's
+        self.last_start = 0
+        self.told_credit: tuple[Credit, int] | None = None
+        self._unreflected: deque[tuple[int, int]] = deque()  # the worker's id, the router's number
+
+    def started(self, sequence_id: int, number: int) -> None:
+        """A sequence was sent to the ranks."""
+        self._unreflected.append((sequence_id, number))
+
+    def reflect(self, sequence_id: int) -> None:
+        """The ranks' load reflects every sequence up to the worker's `sequence_id`."""
+        while self._unreflected and self._unreflected[0][0] <= sequence_id:
+            self.last_start = self._unreflected.popleft()[1]
 
 
 class Sessions(Generic[E]):
@@ -29,6 +49,10 @@ class Sessions(Generic[E]):
     def __len__(self) -> int:
         """Sequences that have not ended."""
         return len(self._owners)
+
+    def __iter__(self) -> Iterator[Session[E]]:
+        """The open sessions."""
+        return iter(self._open)
 
     def open(self) -> Session[E]:
         session = Session[E]()
@@ -44,6 +68,7 @@ class Sessions(Generic[E]):
         """Register the router's sequence `number`; returns the worker's own, unique id."""
         sequence_id = next(self._numbers)
         session.sequences[number] = sequence_id
+        session.started(sequence_id, number)
         self._owners[sequence_id] = (session, number)
         return sequence_id
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import msgspec
 
+from common.engine.emulated_times import load_times
 from common.engine.engine import Engine
 from common.errors.base import MeshError, Reason
 from common.obs import log
 from common.transfer.base import TransferBackend, TransferConfig, TransferError
 from common.transfer.registry import create
+from common.worker.build import build_engine, ready_message
 from common.worker.config import WorkerConfig
 from common.worker.messages import RankReady
-from common.worker.rank import build_engine, ready_message
 from common.worker.start import RankStart
 from common.worker.waker import Waker
 
@@ -31,11 +32,19 @@ def build_with_transfer(
     Raises:
         MeshError: BAD_CONFIG when the backend cannot be loaded here; else as `build_engine`.
     """
-    settings = config.handover
-    name = settings.disaggregation_transfer_backend
+    name = config.transfer_backend
     try:
-        backend = create(name, TransferConfig(config.host, settings.disaggregation_ib_device), waker.wake)
+        backend = create(name, transfer_config(config), waker.wake)
     except TransferError as error:
         raise MeshError(Reason.BAD_CONFIG, f"--disaggregation-transfer-backend {name}: {error}") from None
     engine = build_engine(config.engine, backend.allocate, backend.register)
     return engine, backend, ready_message(start.rank, engine, name, backend.export())
+
+
+def transfer_config(config: WorkerConfig) -> TransferConfig:
+    """The endpoint's settings. Raises `MeshError` (BAD_CONFIG) for an emulated engine's times that cannot be had."""
+    ib_device = config.handover.disaggregation_ib_device
+    if config.engine.engine != "emulated":
+        return TransferConfig(config.host, ib_device, config.handover.copy_threads)
+    times = load_times(config.engine).transfer
+    return TransferConfig(config.host, ib_device, latency_s=times.latency_s, bytes_per_s=times.bytes_per_s)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from common.config.bootstrap import DEFAULT_BOOTSTRAP_PORT
 from common.config.flags import bad, flag
 from common.config.listen import LogConfig, MetricsConfig
+from common.config.tls import EtcdTlsConfig, TlsConfig
 from common.mesh.room import Timeouts
 
 
@@ -16,7 +17,11 @@ class BootstrapConfig:
 
     host: str = flag("127.0.0.1", "Address to listen on.")
     port: int = flag(DEFAULT_BOOTSTRAP_PORT, "gRPC port; 0 picks a free one.")
-    store: str = flag("memory", "memory, etcd (a private one) or etcd://[user:password@]host:port[,host:port...].")
+    store: str = flag(
+        "memory",
+        "memory, etcd (a private one) or etcd://[user:password@]host:port[,host:port...]; etcds:// for TLS.",
+        secret=True,
+    )
     disaggregation_bootstrap_timeout: float = flag(
         300.0,
         "Seconds that a room may wait for decode's reservation.",
@@ -67,3 +72,5 @@ class BootstrapProcessConfig:
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
     log: LogConfig = field(default_factory=LogConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    tls: TlsConfig = field(default_factory=TlsConfig)
+    etcd_tls: EtcdTlsConfig = field(default_factory=EtcdTlsConfig)

@@ -12,6 +12,7 @@ from services.bootstrap import metrics, wire
 from services.bootstrap.config import BootstrapConfig
 from services.bootstrap.records import Records
 from services.bootstrap.rooms import Rooms, RouterOutbox
+from services.bootstrap.timeline import Journal
 from services.bootstrap.timers import Timers
 from services.bootstrap.workers import Workers
 
@@ -43,6 +44,7 @@ class ControlPlane:
             on_gone=self._worker_gone,
             on_lost=self._worker_lost,
         )
+        self.journal = Journal(self.now, self.workers.figures, config.room_history)
         self.rooms = Rooms(
             self.now,
             self.timers,
@@ -50,6 +52,7 @@ class ControlPlane:
             timeouts=config.timeouts,
             history=config.room_history,
             workers=self.workers,
+            journal=self.journal,
             persist=self._persist_room,
             forget=lambda room_id: records.delete(ROOM_PREFIX + room_id),
         )
@@ -78,6 +81,7 @@ class ControlPlane:
                 member.outbox.close()
         for outbox in self._routers:
             outbox.close()
+        self.journal.close()
 
     def _alarm(self, key: tuple[str, str]) -> None:
         kind, name = key
@@ -98,6 +102,7 @@ class ControlPlane:
         self.records.delete(WORKER_PREFIX + worker_id)
 
     def _worker_lost(self, worker_id: str, message: str) -> None:
+        self.journal.worker_lost(worker_id, message)
         self.rooms.worker_lost(worker_id, message)
 
     def _persist_room(self, room: Room) -> None:

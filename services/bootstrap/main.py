@@ -7,10 +7,12 @@ import secrets
 import time
 from contextlib import AsyncExitStack
 
+from common.config.tls import Credentials, load
 from common.errors.base import MeshError, Reason
 from common.obs import log as logs
 from common.obs import metrics as pages
 from common.rpc import loop
+from common.rpc.address import join
 from common.rpc.announce import announce
 from common.rpc.server import Service, make_server
 from pdmesh.v1 import bootstrap_service_pb2_grpc as pb_grpc
@@ -39,13 +41,13 @@ class Bootstrap:
     The server answers from `start` on, and says NOT_SERVING until the store is reached.
     """
 
-    def __init__(self, config: BootstrapConfig, store: Store | None = None) -> None:
+    def __init__(self, config: BootstrapConfig, store: Store | None = None, tls: Credentials | None = None) -> None:
         """Raises `MeshError` (BAD_CONFIG) for a taken port or a store that there is none of."""
         self.config = config
         self.store = store or make_store(config.store)
         self.servicer = BootstrapServicer()
         service = Service(SERVICE, pb_grpc.add_BootstrapServiceServicer_to_server, self.servicer)
-        self.server = make_server(config.host, config.port, [service])
+        self.server = make_server(config.host, config.port, [service], tls=tls)
         self.address = self.server.address
         self._tasks: list[asyncio.Task[None]] = []
         self._records: Records | None = None
@@ -122,13 +124,14 @@ async def next_epoch(store: Store) -> int:
 async def main(config: BootstrapProcessConfig, stop: asyncio.Event) -> None:
     """Run bootstrap until `stop` is set. Raises `MeshError` (BAD_CONFIG)."""
     async with AsyncExitStack() as stack:
-        bootstrap = Bootstrap(config.bootstrap)
+        store = make_store(config.bootstrap.store, config.tls, config.etcd_tls)
+        bootstrap = Bootstrap(config.bootstrap, store, load(config.tls))
         host = config.bootstrap.host
         metrics_port, stop_metrics = pages.serve(host, config.metrics.metrics_port)
         stack.callback(stop_metrics)
         stack.push_async_callback(bootstrap.stop)
         await bootstrap.start()
-        announce("bootstrap", grpc=bootstrap.address, metrics=f"{host}:{metrics_port}")
+        announce("bootstrap", grpc=bootstrap.address, metrics=join(host, metrics_port))
         serving = asyncio.create_task(bootstrap.serve())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)

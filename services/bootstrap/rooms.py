@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from common.errors.base import MeshError, Reason
 from common.mesh import room as machine
@@ -15,8 +15,9 @@ from common.mesh.wire import ticket_from, ticket_to
 from common.obs.log import get_logger
 from pdmesh.v1 import bootstrap_service_pb2 as pb
 from pdmesh.v1 import types_pb2 as types
-from services.bootstrap import metrics, wire
+from services.bootstrap import metrics, timeline, wire
 from services.bootstrap.pairing import check_pair
+from services.bootstrap.timeline import Journal, Timeline
 from services.bootstrap.timers import Timers
 from services.bootstrap.workers import Workers
 
@@ -31,6 +32,7 @@ SPEAKERS: dict[type, set[Party]] = {
     machine.Transferred: {Party.DECODE},
     machine.RoomFailed: {Party.PREFILL, Party.DECODE},
     machine.Quiet: {Party.PREFILL},
+    machine.Fenced: {Party.DECODE},
 }
 
 
@@ -43,6 +45,7 @@ class Entry:
     router: RouterOutbox | None
     closed: bool = False
     retired: bool = False
+    timeline: Timeline = field(default_factory=Timeline)
 
 
 class Rooms:
@@ -61,6 +64,7 @@ class Rooms:
         timeouts: Timeouts,
         history: int,
         workers: Workers,
+        journal: Journal,
         persist: Callable[[Room], None],
         forget: Callable[[str], None],
     ) -> None:
@@ -70,6 +74,7 @@ class Rooms:
         self._timeouts = timeouts
         self._history = history
         self._workers = workers
+        self._journal = journal
         self._persist, self._forget = persist, forget
         self._count = 0
         self._entries: dict[str, Entry] = {}
@@ -92,6 +97,7 @@ class Rooms:
                 self._follow(entry, router)
         except MeshError as error:
             metrics.ROOMS_REFUSED.labels(error.reason).inc()
+            self._journal.refused(wanted, error.reason, error.message)
             refused = pb.OpenRefused(
                 request_id=wanted.request_id,
                 index=wanted.index,
@@ -107,11 +113,11 @@ class Rooms:
         if entry.room.state.terminal:
             router.put(pb.MeshEvent(ended=wire.ended_to(entry.room)))
 
-    def abort(self, wanted: pb.AbortRoom) -> None:
+    def abort(self, wanted: pb.AbortRoom, by: str = timeline.ROUTER) -> None:
         """End a room as FAILED, if it has not ended."""
         ticket = ticket_from(wanted.ticket)
         if entry := self._entries.get(ticket.room_id):
-            self._apply(entry, machine.Abort(ticket, wanted.reason or Reason.ABORTED, wanted.message))
+            self._apply(entry, machine.Abort(ticket, wanted.reason or Reason.ABORTED, wanted.message), by)
 
     def close(self, ticket: Ticket) -> None:
         """The router is done with a room: it leaves once it is at rest.
@@ -122,6 +128,7 @@ class Rooms:
         if entry is None or entry.room.ticket != ticket:
             return
         entry.closed = True
+        self._journal.note(entry, timeline.CLOSED, timeline.ROUTER)
         self._retire_if_at_rest(entry)
 
     def router_lost(self, router: RouterOutbox) -> None:
@@ -132,7 +139,9 @@ class Rooms:
             if entry.room.state.terminal:
                 self._retire_if_at_rest(entry)
             else:
-                self._apply(entry, machine.Abort(entry.room.ticket, Reason.ABORTED, "the router is gone"))
+                self._apply(
+                    entry, machine.Abort(entry.room.ticket, Reason.ABORTED, "the router is gone"), timeline.BOOTSTRAP
+                )
 
     # ---------------------------------------------------------------------------------- of workers
 
@@ -145,16 +154,22 @@ class Rooms:
         if entry is None:
             self._unknown(worker_id, said)
         elif self._parties(entry.room, worker_id).isdisjoint(SPEAKERS[type(said)]):
-            self._refuse(worker_id, said, Reason.NOT_FOUND, f"room {said.ticket} is not of worker {worker_id}")
+            refusal = machine.Refusal(Reason.NOT_FOUND, f"room {said.ticket} is not of worker {worker_id}")
+            self._refuse(worker_id, said, refusal)
+            self._journal.applied(entry, said, worker_id, entry.room, refusal)
         else:
-            self._apply(entry, said, worker_id)
+            self._apply(entry, said, worker_id, worker_id)
 
     def worker_lost(self, worker_id: str, message: str) -> None:
-        """A worker's life ended: its rooms fail, and nobody waits for its word any more."""
+        """A worker's life ended: its rooms fail. To be called while its record is still there."""
+        member = self._workers.get(worker_id)
+        writer = types.Writer()
+        if member is not None:
+            writer = types.Writer(endpoints=member.record.endpoints, epoch=member.record.epoch)
         for room_id in sorted(self._by_worker.pop(worker_id, ())):
             entry = self._entries[room_id]
             for party in self._parties(entry.room, worker_id):
-                self._apply(entry, machine.WorkerLost(entry.room.ticket, party, message))
+                self._apply(entry, machine.WorkerLost(entry.room.ticket, party, message, writer), timeline.BOOTSTRAP)
 
     def alarm(self, room_id: str) -> None:
         """The timer of a room fired."""
@@ -165,7 +180,7 @@ class Rooms:
         if deadline is None:
             return
         if deadline.at <= self._now():
-            self._apply(entry, machine.DeadlinePassed(entry.room.ticket))
+            self._apply(entry, machine.DeadlinePassed(entry.room.ticket), timeline.TIMER)
         else:
             self._timers.set(("room", room_id), deadline.at)
 
@@ -184,12 +199,13 @@ class Rooms:
             elif room.state is State.FAILED:
                 # whether prefill was quiet was not written down; to release twice does no harm
                 entry.room = replace(room, quarantined=room.reservation is not None)
+            self._journal.note(entry, timeline.RESTORED, timeline.BOOTSTRAP, entry.room.reason, entry.room.message)
             self._retire(entry)
 
-    def get(self, room_id: str) -> Room:
+    def get(self, room_id: str) -> Entry:
         """Raises `MeshError` (NOT_FOUND)."""
         if entry := self._entries.get(room_id):
-            return entry.room
+            return entry
         raise MeshError(Reason.NOT_FOUND, f"no room {room_id!r}", parameter="room_id")
 
     def newest_first(self, before: int | None = None) -> Iterator[tuple[int, Room]]:
@@ -197,6 +213,11 @@ class Rooms:
         for entry in reversed(self._entries.values()):
             if before is None or entry.number < before:
                 yield entry.number, entry.room
+
+    def of_request(self, request_id: str) -> list[Entry]:
+        """The rooms of a request, by sequence and attempt. Looks at every room that is kept."""
+        entries = [entry for entry in self._entries.values() if entry.room.request_id == request_id]
+        return sorted(entries, key=lambda entry: (entry.room.index, entry.room.ticket.attempt))
 
     # ---------------------------------------------------------------------------------- the machine's sides
 
@@ -208,7 +229,7 @@ class Rooms:
                 raise MeshError(Reason.NO_WORKER, f"no worker {name!r}")
         prefill, decode = (member.record for member in members if member)
         check_pair(prefill, decode)
-        deadline = wanted.deadline.ToNanoseconds() / 1e9 if wanted.HasField("deadline") else None
+        deadline = wire.time_of(wanted, "deadline")
         if deadline is not None and deadline <= now:
             raise MeshError(Reason.DEADLINE_EXCEEDED, "the request's deadline passed before its room was opened")
         room = Room(
@@ -221,8 +242,12 @@ class Rooms:
             changed_at=now,
             timeouts=self._timeouts,
             request_deadline=deadline,
+            admission_deadline=wire.time_of(wanted, "admission_deadline"),
+            prompt_tokens=wanted.prompt_tokens,
+            max_new_tokens=wanted.max_new_tokens,
         )
         entry = self._add(room, router)
+        self._journal.note(entry, timeline.OPENED, timeline.ROUTER)
         for worker_id in (room.prefill_worker_id, room.decode_worker_id):
             self._by_worker[worker_id].add(room.ticket.room_id)
         self._by_router[router].add(room.ticket.room_id)
@@ -247,14 +272,15 @@ class Rooms:
         entry.router = router
         self._by_router[router].add(room_id)
 
-    def _apply(self, entry: Entry, event: machine.Event, speaker: str | None = None) -> None:
+    def _apply(self, entry: Entry, event: machine.Event, by: str, speaker: str | None = None) -> None:
         before = entry.room
         transition = machine.next(before, event, self._now())
         entry.room = transition.room
+        self._journal.applied(entry, event, by, before, transition.refusal)
         for effect in transition.effects:
             self._perform(effect, entry)
         if refusal := transition.refusal:
-            self._refuse(speaker, event, refusal.reason, refusal.message)
+            self._refuse(speaker, event, refusal)
         if entry.room is not before:
             if not entry.retired:
                 self._account(before, entry.room)
@@ -272,6 +298,8 @@ class Rooms:
                 self._tell(room.decode_worker_id, pb.ControlEvent(ended=wire.ended_to(room)))
             case Effect.RELEASE:
                 self._release(room.decode_worker_id, room.ticket)
+            case Effect.FENCE:
+                self._tell(room.decode_worker_id, pb.ControlEvent(released=wire.fence_to(room)))
             case Effect.END_ROUTER:
                 if entry.router is not None and not entry.closed:
                     entry.router.put(pb.MeshEvent(ended=wire.ended_to(room)))
@@ -286,12 +314,12 @@ class Rooms:
                 if record.role == types.WORKER_ROLE_DECODE:
                     self._release(record.worker_id, event.ticket)
             return
-        self._refuse(worker_id, event, Reason.NOT_FOUND, f"no room {event.ticket}")
+        self._refuse(worker_id, event, machine.Refusal(Reason.NOT_FOUND, f"no room {event.ticket}"))
         if isinstance(event, machine.Reserved):
             self._release(worker_id, event.ticket)
 
-    def _refuse(self, speaker: str | None, event: machine.Event, reason: Reason, message: str) -> None:
-        name = type(event).__name__
+    def _refuse(self, speaker: str | None, event: machine.Event, refusal: machine.Refusal) -> None:
+        name, reason, message = type(event).__name__, refusal.reason, refusal.message
         metrics.EVENTS_REFUSED.labels(name, reason).inc()
         log.debug("event refused", room_id=event.ticket.room_id, event_name=name, reason=reason, why=message)
         if speaker is not None:

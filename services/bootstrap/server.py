@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from itertools import islice
 from typing import Any
 
 from common.errors.base import MeshError, Reason
@@ -14,15 +13,13 @@ from common.mesh.wire import ticket_from
 from common.obs.log import get_logger
 from pdmesh.v1 import bootstrap_service_pb2 as pb
 from pdmesh.v1 import bootstrap_service_pb2_grpc as pb_grpc
-from pdmesh.v1 import types_pb2 as types
-from services.bootstrap import wire
+from services.bootstrap import inspection, wire
 from services.bootstrap.control import ControlPlane
 from services.bootstrap.workers import Member
 
 log = get_logger(__name__)
 
 SERVICE = "pdmesh.v1.BootstrapService"
-DEFAULT_PAGE, LARGEST_PAGE = 100, 1000
 
 
 class BootstrapServicer(pb_grpc.BootstrapServiceServicer):
@@ -80,6 +77,8 @@ class BootstrapServicer(pb_grpc.BootstrapServiceServicer):
                             control.rooms.abort(event.abort)
                         case "close":
                             control.rooms.close(ticket_from(event.close.ticket))
+                        case "request_failed":
+                            control.journal.request_failed(event.request_failed)
 
         control.router_joined(outbox)
         try:
@@ -92,31 +91,46 @@ class BootstrapServicer(pb_grpc.BootstrapServiceServicer):
     # ---------------------------------------------------------------------------------- inspection
 
     async def ListWorkers(self, request: pb.ListWorkersRequest, context: Any) -> pb.ListWorkersResponse:
-        records = self.control.workers.records()
-        chosen = [record for record in records if request.role in (types.WORKER_ROLE_UNSPECIFIED, record.role)]
-        response = pb.ListWorkersResponse(workers=chosen)
-        response.at.FromNanoseconds(round(self.control.now() * 1e9))
-        return response
+        return inspection.list_workers(self.control, request)
 
     async def ListRooms(self, request: pb.ListRoomsRequest, context: Any) -> pb.ListRoomsResponse:
-        if request.page_size > LARGEST_PAGE:
-            raise MeshError(Reason.INVALID_PARAMETER, f"at most {LARGEST_PAGE} rooms a page", parameter="page_size")
-        if request.page_token and not request.page_token.isdecimal():
-            raise MeshError(Reason.INVALID_PARAMETER, "not a token of an earlier page", parameter="page_token")
-        before = int(request.page_token) if request.page_token else None
-        wanted = (
-            (number, room)
-            for number, room in self.control.rooms.newest_first(before)
-            if request.state in (types.ROOM_STATE_UNSPECIFIED, wire.state_to(room.state))
-            and request.worker_id in ("", room.prefill_worker_id, room.decode_worker_id)
-        )
-        size = request.page_size or DEFAULT_PAGE
-        page = list(islice(wanted, size + 1))
-        token = str(page[size - 1][0]) if len(page) > size else ""
-        return pb.ListRoomsResponse(rooms=[wire.room_to(room) for _, room in page[:size]], next_page_token=token)
+        return inspection.list_rooms(self.control, request)
 
     async def GetRoom(self, request: pb.GetRoomRequest, context: Any) -> pb.GetRoomResponse:
-        return pb.GetRoomResponse(room=wire.room_to(self.control.rooms.get(request.room_id)))
+        return inspection.get_room(self.control, request.room_id)
+
+    async def WatchRooms(self, request: pb.WatchRoomsRequest, context: Any) -> AsyncIterator[pb.WatchRoomsResponse]:
+        control = self.control
+        watcher = control.journal.watch(request)
+        try:
+            if request.with_open:
+                yield pb.WatchRoomsResponse(changes=inspection.open_rooms(control, request))
+            async for batch in watcher.batches():
+                changes = [pb.RoomChange(room=wire.brief_to(room), moment=wire.moment_to(m)) for room, m in batch]
+                yield pb.WatchRoomsResponse(changes=changes)
+        finally:
+            control.journal.unwatch(watcher)
+
+    async def GetLedger(self, request: pb.GetLedgerRequest, context: Any) -> pb.GetLedgerResponse:
+        return inspection.get_ledger(self.control, request.worker_id)
+
+    async def Explain(self, request: pb.ExplainRequest, context: Any) -> pb.ExplainResponse:
+        if bool(request.room_id) == bool(request.request_id):
+            raise MeshError(Reason.INVALID_PARAMETER, "set either request_id or room_id", parameter="request_id")
+        if request.room_id:
+            return inspection.explain_room(self.control, request.room_id)
+        return inspection.explain_request(self.control, request.request_id)
+
+    # ---------------------------------------------------------------------------------- verbs
+
+    async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Any) -> pb.DrainWorkerResponse:
+        return await inspection.drain_worker(self.control, request)
+
+    async def AbortRoom(self, request: pb.AbortRoomRequest, context: Any) -> pb.AbortRoomResponse:
+        return inspection.abort_room(self.control, request)
+
+    async def SetWorkerRole(self, request: pb.SetWorkerRoleRequest, context: Any) -> pb.SetWorkerRoleResponse:
+        return inspection.set_worker_role(self.control, request)
 
 
 def take(control: ControlPlane, member: Member, events: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from common.obs.log import get_logger
 from pdmesh.v1 import bootstrap_service_pb2 as pb
 from pdmesh.v1 import types_pb2 as types
 from services.bootstrap import metrics
+from services.bootstrap.timeline import Figures
 from services.bootstrap.timers import Timers
 
 log = get_logger(__name__)
@@ -29,6 +31,8 @@ class Member:
         self.outbox = outbox
         self.seen_at = now
         self.draining = False
+        self.drain_told = asyncio.Event()
+        self._figures: Figures | None = None
 
     @property
     def worker_id(self) -> str:
@@ -37,6 +41,15 @@ class Member:
     @property
     def online(self) -> bool:
         return self.record.state != types.WORKER_STATE_OFFLINE
+
+    @property
+    def figures(self) -> Figures:
+        """What is known of it now. Made once after each change, when somebody asks."""
+        if self._figures is None or self._figures.state != self.record.state or self._figures.told_at != self.seen_at:
+            load = types.WorkerLoad()
+            load.CopyFrom(self.record.load)
+            self._figures = Figures(self.record.state, load, self.seen_at)
+        return self._figures
 
     def send(self, event: pb.ControlEvent) -> None:
         self.outbox.put(event)
@@ -69,6 +82,11 @@ class Workers:
 
     def get(self, worker_id: str) -> Member | None:
         return self._members.get(worker_id)
+
+    def figures(self, worker_id: str) -> Figures | None:
+        """The worker's state and load at this moment; None for one that is not known."""
+        member = self._members.get(worker_id)
+        return member.figures if member else None
 
     def records(self) -> list[types.Worker]:
         """All records, by id."""
@@ -111,6 +129,7 @@ class Workers:
 
     def draining(self, member: Member) -> None:
         member.draining = True
+        member.drain_told.set()
         self._settle(member)
 
     def lost(self, member: Member, why: str) -> None:

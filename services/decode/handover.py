@@ -1,7 +1,8 @@
 """Decode's side of a hand-over: pages are granted, filled by the writer, and adopted by the engine.
 
 Pages go free → reserved (granted to a room) → in use (all bytes are here). When a room ends while its writer
-may still write, they go to quarantine and come back when bootstrap says that the writer is quiet.
+may still write, they go to quarantine and come back when bootstrap says that the writer is quiet; or, when it
+says that the writer is lost, as soon as the transfer endpoint here has seen the last of it.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
+from msgspec import structs
+
 from common.engine.engine import Engine, StepResult
-from common.engine.messages import SequenceFailed, TokenLogprobs, Tokens
+from common.engine.messages import Load, SequenceFailed, TokenLogprobs, Tokens
 from common.engine.request import Sequence
 from common.errors.base import MeshError, Reason
 from common.kvcache.extents import to_extents
 from common.kvcache.ledger import PageState
+from common.mesh.credit import Credit
 from common.mesh.ticket import Ticket
 from common.obs.log import get_logger
 from common.transfer import notice
@@ -23,8 +27,10 @@ from common.transfer.notice import HandoverNotice
 from common.worker.loop import Emit
 from common.worker.messages import (
     RankReservation,
+    Registered,
     RoomEnded,
     RoomFailed,
+    RoomFenced,
     RoomReleased,
     RoomReserved,
     RoomTransferred,
@@ -45,6 +51,16 @@ class Incoming:
     start: StartSequence
     pages: list[int] = field(default_factory=list)
     ended: bool = False
+    writer: RoomReleased | None = None  # once it is lost: what to wait for
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose pages another worker brings: the prompt, and what an earlier attempt generated."""
+        return len(self.start.prompt_ids) + len(self.start.output_ids)
+
+    def cost(self, credit: Credit) -> int:
+        """Pages that it takes of `credit`."""
+        return credit.cost(self.tokens, self.start.sampling.max_new_tokens - len(self.start.output_ids))
 
 
 class DecodeHandover:
@@ -69,7 +85,7 @@ class DecodeHandover:
         if early := self._early.pop(message.ticket, None):
             raise MeshError(Reason(early.reason), early.message)
         try:
-            self._engine.check(Sequence(message.sequence_id, message.prompt_ids, message.sampling))
+            self._engine.check(sequence_of(message))
         except MeshError as error:
             self._emit(RoomFailed(message.ticket, error.reason, error.message))
             raise
@@ -79,21 +95,21 @@ class DecodeHandover:
         self._waiting.append(room)
         self._grant()
 
-    def on_message(self, message: RoomReserved | RoomEnded | RoomReleased) -> None:
-        """News from bootstrap about a room."""
-        room = self._rooms.get(message.ticket)
+    def on_message(self, message: RoomReserved | RoomEnded | RoomReleased | Registered) -> None:
+        """News from bootstrap."""
         match message:
             case RoomEnded():
+                room = self._rooms.get(message.ticket)
                 if room is None:
                     self._keep(message)
                 elif not room.ended:
                     self._emit(SequenceFailed(room.start.sequence_id, message.reason, message.message))
                     self._end(room)
             case RoomReleased():
+                room = self._rooms.get(message.ticket)
                 if room is not None and room.ended:
-                    self._engine.allocator.free(room.pages, PageState.QUARANTINED)
-                    self._forget(room)
-            case RoomReserved():
+                    self._released(room, message)
+            case RoomReserved() | Registered():
                 pass  # meant for the other side
 
     def on_abort(self, sequence_id: int) -> bool:
@@ -119,7 +135,22 @@ class DecodeHandover:
             except TransferError as error:
                 log.warning("dropped a notice that cannot be read", error=str(error))
         self._backend.poll()
+        for room in [room for room in self._rooms.values() if room.writer]:
+            self._fence(room)
         self._grant()
+
+    def load(self, engine: Load) -> Load:
+        """The engine's load; rooms wait, and take of the credit, from their start on."""
+        assert engine.credit is not None
+        credit, waiting, tokens = engine.credit, 0, 0
+        for room in self._rooms.values():
+            if not room.ended:
+                credit = credit.less(room.cost(credit), 1)
+                waiting += 1
+                tokens += room.tokens
+        return structs.replace(
+            engine, waiting=engine.waiting + waiting, waiting_tokens=engine.waiting_tokens + tokens, credit=credit
+        )
 
     @property
     def pending(self) -> bool:
@@ -131,15 +162,20 @@ class DecodeHandover:
     # ------------------------------------------------------------------------------------ steps of a room
 
     def _grant(self) -> None:
-        """Reserve pages for waiting rooms, first come first served."""
+        """Reserve pages for waiting rooms below the high-water mark, first come first served."""
+        if not self._waiting:
+            return
+        credit = self._engine.credit()
+        for room in self._rooms.values():
+            if room.pages and not room.ended:
+                credit = credit.less(room.cost(credit), 1)
         while self._waiting:
             room = self._waiting[0]
-            needed = self._engine.runner.layout.pages_for(len(room.start.prompt_ids))
-            granted = len(self._rooms) - len(self._waiting)
-            running = len(self._engine.queue.running)
-            if needed > self._engine.grantable_pages() or granted + running >= self._engine.limits.max_running:
+            needed = self._engine.runner.layout.pages_for(room.tokens)
+            if not credit.fits(room.cost(credit)) or needed > self._engine.grantable_pages():
                 return
             self._waiting.popleft()
+            credit = credit.less(room.cost(credit), 1)
             room.pages = self._engine.allocator.allocate(needed, PageState.RESERVED)
             rank = RankReservation(0, self._backend.name, self._descriptor, to_extents(room.pages))
             self._emit(RoomReserved(room.ticket, (rank,)))
@@ -151,13 +187,36 @@ class DecodeHandover:
             log.warning("dropped a stale notice", room=str(arrived.ticket))
             return
         start = room.start
-        sequence = Sequence(start.sequence_id, start.prompt_ids, start.sampling, request_id=start.request_id)
+        sequence = sequence_of(start)
         sequence.pages = room.pages
         logprobs = [TokenLogprobs(*arrived.logprobs)] if arrived.logprobs else []
-        first = Tokens(start.sequence_id, 0, [arrived.token_id], logprobs, cached_tokens=arrived.cached_tokens)
+        offset = len(start.output_ids)
+        first = Tokens(start.sequence_id, offset, [arrived.token_id], logprobs, cached_tokens=arrived.cached_tokens)
         self._forget(room)
         self._emit(RoomTransferred(room.ticket, arrived.nbytes))
         self._emit(self._engine.adopt(sequence, first))
+
+    def _released(self, room: Incoming, message: RoomReleased) -> None:
+        if message.when_gone:
+            room.writer = message
+            self._fence(room)
+        else:
+            self._free(room)
+
+    def _fence(self, room: Incoming) -> None:
+        """Free the pages if their lost writer is gone; if not, `poll` asks again."""
+        writer = room.writer
+        assert writer is not None
+        # each is to be fenced off now, so that nothing new can come of one while another is waited for
+        if all([self._backend.fence(endpoint, writer.epoch) for endpoint in writer.when_gone]):
+            log.info("the writer of a failed room is gone", room=str(room.ticket), pages=len(room.pages))
+            self._emit(RoomFenced(room.ticket))
+            self._free(room)
+
+    def _free(self, room: Incoming) -> None:
+        """Nobody writes to the pages any more."""
+        self._engine.allocator.free(room.pages, PageState.QUARANTINED)
+        self._forget(room)
 
     def _end(self, room: Incoming) -> None:
         room.ended = True
@@ -175,3 +234,10 @@ class DecodeHandover:
     def _forget(self, room: Incoming) -> None:
         self._rooms.pop(room.ticket, None)
         self._by_sequence.pop(room.start.sequence_id, None)
+
+
+def sequence_of(start: StartSequence) -> Sequence:
+    """The engine's sequence, which goes on from what an earlier attempt generated."""
+    sequence = Sequence(start.sequence_id, start.prompt_ids, start.sampling, request_id=start.request_id)
+    sequence.output_ids += start.output_ids
+    return sequence

@@ -7,7 +7,8 @@ from typing import Any
 
 import grpc
 
-from common.engine.messages import SequenceFailed, Tokens
+from common.engine.messages import Retracted, SequenceFailed, Tokens
+from common.mesh.credit import Credit
 from common.rpc.server import Service
 from common.worker import convert, sessions
 from common.worker.front import Front, Role, SequenceNews
@@ -44,6 +45,7 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
                     start.ticket if start.HasField("ticket") else None,
                     list(start.prompt_ids),
                     start.sampling,
+                    list(start.output_ids),
                 )
             else:
                 self._front.abort(session, command.abort.sequence_id)
@@ -56,12 +58,27 @@ def to_event(number: int, news: SequenceNews) -> pb.DecodeEvent:
             return pb.DecodeEvent(sequence_id=number, tokens=convert.tokens_to(news))
         case SequenceFailed():
             return pb.DecodeEvent(sequence_id=number, failed=convert.failed_to(news))
+        case Retracted():
+            return pb.DecodeEvent(sequence_id=number, retracted=pb.SequenceRetracted())
     raise TypeError(f"a decode rank sends no {type(news).__name__}")
+
+
+def to_credit_event(credit: Credit, last_start: int) -> pb.DecodeEvent:
+    """The worker's credit as a router sees it that has started `last_start`."""
+    update = pb.CreditUpdate(credit=convert.credit_to(credit), last_start=last_start)
+    return pb.DecodeEvent(credit=update)
 
 
 def make_service(front: DecodeFront) -> Service:
     return Service("pdmesh.v1.DecodeService", pb_grpc.add_DecodeServiceServicer_to_server, DecodeServicer(front))
 
 
-DECODE = Role("decode", types_pb2.WORKER_ROLE_DECODE, "services.decode.rank", make_service, to_event)
-UNIFIED = Role("unified", types_pb2.WORKER_ROLE_UNIFIED, "services.decode.unified_rank", make_service, to_event)
+DECODE = Role("decode", types_pb2.WORKER_ROLE_DECODE, "services.decode.rank", make_service, to_event, to_credit_event)
+UNIFIED = Role(
+    "unified",
+    types_pb2.WORKER_ROLE_UNIFIED,
+    "services.decode.unified_rank",
+    make_service,
+    to_event,
+    to_credit_event,
+)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from common.kvcache.pool import allocate_host
+from common.worker.build import build_engine, ready_message
 from common.worker.process import Rank, serve_rank
-from common.worker.rank import build_engine, ready_message
 from common.worker.start import RankStart
 from common.worker.transfer import read_config
 from common.worker.waker import Waker
@@ -12,7 +11,7 @@ from common.worker.waker import Waker
 
 def build(start: RankStart, waker: Waker) -> Rank:
     """What `serve_rank` runs."""
-    engine = build_engine(read_config(start, "unified").engine, allocate_host)
+    engine = build_engine(read_config(start, "unified").engine)
     return Rank(engine, ready_message(start.rank, engine, "", b""))
 
 

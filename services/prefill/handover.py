@@ -3,6 +3,9 @@
 A room is known by its ticket. Its reservation (from bootstrap) and its prompt (from the router) come over
 different streams, in either order, and so may its end; whichever comes first is kept for the other.
 
+Nothing is computed for a room before decode has reserved its pages: rooms are computed in the order of their
+reservations. An idle worker may be told to begin earlier (`--optimistic-prefill`).
+
 When a room ends before success, bootstrap is told `RoomQuiet` once nothing more will be written for it: decode
 keeps the destination pages in quarantine until then.
 """
@@ -13,8 +16,10 @@ from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from msgspec import structs
+
 from common.engine.engine import Engine, StepResult
-from common.engine.messages import SequenceFailed, Tokens
+from common.engine.messages import Load, SequenceFailed, Tokens
 from common.engine.request import Sequence
 from common.errors.base import MeshError, Reason
 from common.mesh.ticket import Ticket
@@ -26,6 +31,7 @@ from common.transfer.runs import coalesce
 from common.worker.loop import Emit
 from common.worker.messages import (
     Prefilled,
+    Registered,
     RoomEnded,
     RoomFailed,
     RoomQuiet,
@@ -63,22 +69,26 @@ class Outgoing:
     bytes_sent: int = 0
     handles: set[Handle] = field(default_factory=set)
     first_token: Tokens | None = None  # set with the last chunk
+    begun: bool = False  # the engine has it
     ended: bool = False
 
 
 class PrefillHandover:
     """Implements `common.worker.loop.Handover`. Everything runs on the rank's loop but `disconnect`."""
 
-    def __init__(self, engine: Engine, backend: TransferBackend, emit: Emit, timeout_s: float) -> None:
+    def __init__(
+        self, engine: Engine, backend: TransferBackend, emit: Emit, timeout_s: float, optimistic: bool = False
+    ) -> None:
         self._engine = engine
         self._backend = backend
         self._emit = emit
         self._timeout_s = timeout_s
+        self._optimistic = optimistic
         self._layout = engine.runner.layout
         self._rooms: dict[Ticket, Outgoing] = {}
         self._by_sequence: dict[int, Outgoing] = {}
         self._by_handle: dict[Handle, Outgoing] = {}
-        self._early: OrderedDict[Ticket, RoomReserved | RoomEnded] = OrderedDict()
+        self._early: OrderedDict[Ticket, Destination | RoomEnded] = OrderedDict()
         # A broken peer's engine may take its own time-out to fall silent: that must not hold up the model.
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="disconnect")
         self._disconnecting: list[tuple[Future[None], list[Outgoing]]] = []
@@ -94,8 +104,9 @@ class PrefillHandover:
         sequence = Sequence(
             message.sequence_id, message.prompt_ids, message.sampling, prefill_only=True, request_id=message.request_id
         )
+        sequence.output_ids += message.output_ids
         try:
-            self._engine.add(sequence)
+            self._engine.check(sequence)
         except MeshError as error:
             self._emit(RoomFailed(message.ticket, error.reason, error.message))
             self._emit(RoomQuiet(message.ticket))
@@ -104,19 +115,20 @@ class PrefillHandover:
         self._rooms[room.ticket] = room
         self._by_sequence[message.sequence_id] = room
         if early:
-            self._reserved(room, early)
+            self._send_to(room, early)
+        self._begin_optimistically()
 
-    def on_message(self, message: RoomReserved | RoomEnded | RoomReleased) -> None:
-        """News from bootstrap about a room."""
-        if isinstance(message, RoomReleased):
-            return  # meant for the other side
-        room = self._rooms.get(message.ticket)
-        if isinstance(message, RoomEnded):
-            self._ended(message, room)
-        elif room:
-            self._reserved(room, message)
-        else:
-            self._keep(message)
+    def on_message(self, message: RoomReserved | RoomEnded | RoomReleased | Registered) -> None:
+        """News from bootstrap."""
+        match message:
+            case RoomReserved():
+                self._reserved(message)
+            case RoomEnded():
+                self._ended(message, self._rooms.get(message.ticket))
+            case Registered():
+                self._backend.live(message.epoch)
+            case RoomReleased():
+                pass  # meant for the other side
 
     def on_abort(self, sequence_id: int) -> bool:
         """The router gave the sequence up. False when it is none of ours."""
@@ -150,6 +162,17 @@ class PrefillHandover:
             future.result()
             for room in rooms:
                 self._quiet(room)
+        self._begin_optimistically()
+
+    def load(self, engine: Load) -> Load:
+        """The engine's load, with the rooms that wait for their reservation. Prefill promises nothing."""
+        waiting = [room.sequence.num_tokens for room in self._rooms.values() if not room.begun and not room.ended]
+        return structs.replace(
+            engine,
+            waiting=engine.waiting + len(waiting),
+            waiting_tokens=engine.waiting_tokens + sum(waiting),
+            credit=None,
+        )
 
     @property
     def pending(self) -> bool:
@@ -161,25 +184,58 @@ class PrefillHandover:
 
     # ------------------------------------------------------------------------------------ steps of a room
 
-    def _keep(self, message: RoomReserved | RoomEnded) -> None:
-        self._early[message.ticket] = message
+    def _keep(self, ticket: Ticket, early: Destination | RoomEnded) -> None:
+        self._early[ticket] = early
         while len(self._early) > EARLY_ROOMS:
             self._early.popitem(last=False)
 
-    def _reserved(self, room: Outgoing, message: RoomReserved) -> None:
-        if room.ended or room.destination:
+    def _reserved(self, message: RoomReserved) -> None:
+        """Reach decode at once, also for a room whose prompt is not here yet.
+
+        Should this worker's life end, decode fences off what was connected in it; to connect for a reservation of
+        an earlier life would go around that.
+        """
+        room = self._rooms.get(message.ticket)
+        if message.ticket in self._early or (room and (room.ended or room.destination)):
             return  # a repeated reservation is the same one: the ticket fences it
         rank = message.ranks[0]
         pages = [page for first, count in rank.extents for page in range(first, first + count)]
         try:
             peer = self._backend.connect(rank.descriptor)
         except TransferError as error:
-            self._fail(room, Reason.TRANSFER_FAILED, str(error))
+            self._unreachable(message.ticket, room, str(error))
             return
-        first = message.from_token // self._layout.page_size
-        room.destination = Destination(peer, pages, first)
-        room.pages_sent = first
+        destination = Destination(peer, pages, message.from_token // self._layout.page_size)
+        if room:
+            self._send_to(room, destination)
+        else:
+            self._keep(message.ticket, destination)
+
+    def _unreachable(self, ticket: Ticket, room: Outgoing | None, why: str) -> None:
+        if room:
+            self._fail(room, Reason.TRANSFER_FAILED, why)
+            return
+        self._keep(ticket, RoomEnded(ticket, Reason.TRANSFER_FAILED, why))
+        self._emit(RoomFailed(ticket, Reason.TRANSFER_FAILED, why))
+        self._emit(RoomQuiet(ticket))
+
+    def _send_to(self, room: Outgoing, destination: Destination) -> None:
+        room.destination = destination
+        room.pages_sent = destination.first
+        self._begin(room)
         self._advance(room)
+
+    def _begin(self, room: Outgoing) -> None:
+        if not room.begun:
+            room.begun = True
+            self._engine.add(room.sequence)
+
+    def _begin_optimistically(self) -> None:
+        """Let an idle engine compute the oldest room whose reservation is not here yet."""
+        if self._optimistic and not self._engine.has_work:
+            waiting = (room for room in self._rooms.values() if not room.begun and not room.ended)
+            if room := next(waiting, None):
+                self._begin(room)
 
     def _advance(self, room: Outgoing) -> None:
         """Send the pages that are computed and wanted; when all have arrived, tell decode."""
@@ -224,8 +280,8 @@ class PrefillHandover:
 
     def _completed(self, room: Outgoing, completion: Completion) -> None:
         room.handles.discard(completion.handle)
-        if completion.state is HandleState.FAILED and not room.ended:
-            self._fail(room, Reason.TRANSFER_FAILED, completion.error, broken_peer=True)
+        if completion.state is HandleState.FAILED:
+            self._broken(room, completion.error)
         elif room.ended:
             self._quiet(room)
         else:
@@ -233,12 +289,20 @@ class PrefillHandover:
 
     def _ended(self, message: RoomEnded, room: Outgoing | None) -> None:
         if room is None:
-            self._keep(message)
+            self._keep(message.ticket, message)
             self._emit(RoomQuiet(message.ticket))
         elif not room.ended:
             self._emit(SequenceFailed(room.sequence.sequence_id, message.reason, message.message))
             self._stop(room)
             self._quiet(room)
+
+    def _broken(self, room: Outgoing, why: str) -> None:
+        """A write failed, perhaps of a room that has ended: quiet is only who is disconnected."""
+        assert room.destination is not None
+        if room.ended:
+            self._disconnect(room, room.destination.peer)
+        else:
+            self._fail(room, Reason.TRANSFER_FAILED, why, broken_peer=True)
 
     def _fail(self, room: Outgoing, reason: Reason, message: str, *, broken_peer: bool = False) -> None:
         """Give a room up from this side."""
@@ -256,7 +320,8 @@ class PrefillHandover:
     def _stop(self, room: Outgoing) -> None:
         """Compute no more; the pages stay ours while writes may still read them."""
         room.ended = True
-        self._engine.abort(room.sequence.sequence_id, quarantine=True)
+        if room.begun:
+            self._engine.abort(room.sequence.sequence_id, quarantine=True)
 
     def _disconnect(self, room: Outgoing, peer: PeerId) -> None:
         # After a failure bytes may still land; only a returned `disconnect` says that the writer is quiet.
@@ -271,6 +336,7 @@ class PrefillHandover:
             self._forget(room)
 
     def _forget(self, room: Outgoing) -> None:
-        self._engine.release(room.sequence.sequence_id)
+        if room.begun:
+            self._engine.release(room.sequence.sequence_id)
         self._rooms.pop(room.ticket, None)
         self._by_sequence.pop(room.sequence.sequence_id, None)

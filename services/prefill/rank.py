@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common.worker.loop import Emit
 from common.worker.process import Rank, serve_rank
 from common.worker.start import RankStart
 from common.worker.transfer import build_with_transfer, read_config
@@ -13,8 +14,12 @@ def build(start: RankStart, waker: Waker) -> Rank:
     """What `serve_rank` runs."""
     config = read_config(start, "prefill")
     engine, backend, ready = build_with_transfer(start, config, waker)
-    timeout_s = config.handover.transfer_timeout
-    return Rank(engine, ready, lambda emit: PrefillHandover(engine, backend, emit, timeout_s))
+    settings = config.handover
+
+    def make_handover(emit: Emit) -> PrefillHandover:
+        return PrefillHandover(engine, backend, emit, settings.transfer_timeout, settings.optimistic_prefill)
+
+    return Rank(engine, ready, make_handover)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
                     start.ticket,
                     list(start.prompt_ids),
                     start.sampling,
+                    list(start.output_ids),
                 )
             else:
                 self._front.abort(session, command.abort.sequence_id)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from common.config.bootstrap import BootstrapAddressConfig
 from common.config.flags import bad, flag
 from common.config.listen import LogConfig
+from common.config.tls import TlsConfig
 from services.router.policy.registry import NAMES
 
 
@@ -17,6 +18,8 @@ class RouterConfig:
     host: str = flag("127.0.0.1", "Address that HTTP and gRPC listen on.")
     port: int = flag(8000, "Port of the HTTP server; 0 picks a free one.")
     grpc_port: int = flag(50051, "Port of the gRPC server; 0 picks a free one.")
+    http_tls_cert: str | None = flag(None, "PEM file with the HTTP server's certificate chain.", metavar="PATH")
+    http_tls_key: str | None = flag(None, "PEM file with the key of --http-tls-cert.", metavar="PATH")
     prefill_policy: str = flag("least_loaded", "How a prefill worker is chosen.", choices=NAMES)
     decode_policy: str = flag("least_loaded", "How a decode worker is chosen.", choices=NAMES)
     tokenizer_path: str | None = flag(
@@ -48,3 +51,4 @@ class RouterProcessConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     bootstrap: BootstrapAddressConfig = field(default_factory=BootstrapAddressConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    tls: TlsConfig = field(default_factory=TlsConfig)

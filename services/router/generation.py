@@ -33,6 +33,7 @@ class Generation:
         self._outputs = [SequenceOutput(request, index) for index in range(request.sequences)]
         self._unfinished = len(self._outputs)
         self._tasks: list[asyncio.Task[None]] = []
+        self._attempts: list[Attempt] = []
         self._queue: list[Delta] = []
         self._news = asyncio.Event()
         self._error: MeshError | None = None
@@ -60,15 +61,13 @@ class Generation:
                     raise self._error
         finally:
             expiry.cancel()
-            for task in self._tasks:
-                task.cancel()
+            self._give_up(self._error or MeshError(Reason.ABORTED, "the client left"))
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def abort(self) -> None:
         """End what is unfinished with FINISH_REASON_ABORT. Works before `deltas` is iterated, too."""
         self._aborted = True
-        for task in self._tasks:
-            task.cancel()
+        self._give_up(MeshError(Reason.ABORTED, "the client aborted the request"))
         for output in self._outputs:
             if not output.finish:
                 self._deliver(output.abort())
@@ -84,12 +83,20 @@ class Generation:
         try:
             route = self._pool.choose(self.request)
             attempt = Attempt(FIRST_ATTEMPT, route, self.request, output, self._deliver)
+            self._attempts.append(attempt)
             await attempt.run(self._session, self._rooms)
         except MeshError as error:
             self._fail(error)
         except Exception as error:
             log.exception("a sequence failed unexpectedly", request_id=self.request.request_id, index=output.index)
             self._fail(MeshError(Reason.INTERNAL, f"internal error: {type(error).__name__}"))
+
+    def _give_up(self, error: MeshError) -> None:
+        """Stop what still runs; `error` is what bootstrap is told of it."""
+        for attempt in self._attempts:
+            attempt.fail(error)
+        for task in self._tasks:
+            task.cancel()
 
     def _deliver(self, delta: Delta) -> None:
         if delta.finish:

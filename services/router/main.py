@@ -10,12 +10,14 @@ from collections.abc import Iterator
 import uvicorn
 from fastapi import FastAPI
 
+from common.config import tls
 from common.errors.base import MeshError, Reason
 from common.obs import log
 from common.rpc import loop
+from common.rpc.address import is_loopback, join
 from common.rpc.announce import announce
 from common.rpc.server import Server, make_server
-from services.router.config import RouterProcessConfig
+from services.router.config import RouterConfig, RouterProcessConfig
 from services.router.grpc_service import make_service
 from services.router.http.app import make_app
 from services.router.router import Router
@@ -37,12 +39,22 @@ def run(config: RouterProcessConfig) -> None:
 async def serve(config: RouterProcessConfig, stop: asyncio.Event) -> None:
     """Serve until `stop` is set, then drain."""
     settings = config.router
+    credentials = tls.load(config.tls)
+    tls.load_files(settings.http_tls_cert, settings.http_tls_key, prefix="--http-tls")  # refuse early and clearly
     with bind(settings.host, settings.port) as http_socket:
         changed = asyncio.Event()
-        router = Router(settings, config.bootstrap.address, on_change=changed.set, log_requests=config.log.log_requests)
-        grpc_server = make_server(settings.host, settings.grpc_port, [make_service(router)])
-        http_server = HttpServer(make_app(router))
-        http = f"{settings.host}:{http_socket.getsockname()[1]}"
+        router = Router(
+            settings,
+            config.bootstrap.address,
+            on_change=changed.set,
+            log_requests=config.log.log_requests,
+            tls=credentials,
+        )
+        grpc_server = make_server(settings.host, settings.grpc_port, [make_service(router)], tls=credentials)
+        http_server = HttpServer(make_app(router), settings)
+        http = join(settings.host, http_socket.getsockname()[1])
+        if not settings.http_tls_cert and not is_loopback(settings.host):
+            logger.warning("HTTP beyond loopback without TLS: anybody who reaches it may use it", address=http)
         await grpc_server.start()
         tasks = [
             asyncio.create_task(http_server.serve([http_socket]), name="http"),
@@ -83,7 +95,7 @@ async def follow(router: Router, server: Server, changed: asyncio.Event) -> None
 class HttpServer(uvicorn.Server):
     """uvicorn inside our loop: signals are ours, logging too."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, settings: RouterConfig) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -92,6 +104,8 @@ class HttpServer(uvicorn.Server):
                 lifespan="off",
                 server_header=False,
                 timeout_graceful_shutdown=int(GRACE_S),
+                ssl_certfile=settings.http_tls_cert,
+                ssl_keyfile=settings.http_tls_key,
             )
         )
 
@@ -107,7 +121,7 @@ def bind(host: str, port: int) -> Iterator[socket.socket]:
     try:
         made = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        message = f"cannot listen on {host}:{port}: {error.strerror or error}"
+        message = f"cannot listen on {join(host, port)}: {error.strerror or error}"
         raise MeshError(Reason.BAD_CONFIG, message) from None
     with made:
         made.setblocking(False)

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
+from common.config.tls import Credentials
 from common.errors.base import MeshError, Reason
 from common.mesh.router_session import RouterSession
 from common.obs.log import get_logger
@@ -40,12 +41,13 @@ class Router:
         bootstrap_address: str,
         on_change: Callable[[], None] | None = None,
         log_requests: bool = False,
+        tls: Credentials | None = None,
     ) -> None:
         self.config = config
         self.directory = Directory(config.tokenizer_path)
-        self.session = Session(bootstrap_address, self._workers_changed, self._room_ended)
+        self.session = Session(bootstrap_address, self._workers_changed, self._room_ended, tls)
         prefill_policy, decode_policy = make_policy(config.prefill_policy), make_policy(config.decode_policy)
-        self.pool = WorkerPool(prefill_policy, decode_policy, self._changed)
+        self.pool = WorkerPool(prefill_policy, decode_policy, self._changed, tls)
         self._on_change = on_change
         self._log_requests = log_requests
         self._rooms = Rooms()
@@ -113,6 +115,7 @@ class Router:
             watch.ended("ok", self._log_requests)
         except MeshError as error:
             watch.ended(error.reason.lower(), self._log_requests)
+            self.session.request_failed(request.request_id, error)
             raise
         except (asyncio.CancelledError, GeneratorExit):
             watch.ended("cancelled", self._log_requests)

@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 
+from common.config.tls import Credentials
 from common.errors.base import MeshError, Reason
 from common.mesh.outbox import Outbox
 from common.obs.log import get_logger
@@ -52,13 +53,13 @@ class WorkerLink(ABC, Generic[Command, Event]):
     Commands of one turn of the event loop leave in one message; events reach their sequence's sink by number.
     """
 
-    def __init__(self, record: types_pb2.Worker, on_change: Callable[[], None]) -> None:
+    def __init__(self, record: types_pb2.Worker, on_change: Callable[[], None], tls: Credentials | None = None) -> None:
         self.record = record
         self.connected = False
         self._on_change = on_change
         self._sinks: dict[int, Sink[Event]] = {}
         self._outbox: Outbox[Command] = Outbox()
-        self._channel = connect(record.address)
+        self._channel = connect(record.address, tls)
         self._last_error = ""
         self._task = asyncio.create_task(self._run(), name=f"link to {record.worker_id}")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from common.config.tls import Credentials
 from common.errors.base import MeshError, Reason
 from pdmesh.v1 import types_pb2
 from services.router.policy.base import Policy
@@ -34,10 +35,17 @@ class WorkerPool:
     `on_change` is called whenever a route may have come or gone.
     """
 
-    def __init__(self, prefill_policy: Policy, decode_policy: Policy, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        prefill_policy: Policy,
+        decode_policy: Policy,
+        on_change: Callable[[], None],
+        tls: Credentials | None = None,
+    ) -> None:
         self._prefill_policy = prefill_policy
         self._decode_policy = decode_policy
         self._on_change = on_change
+        self._tls = tls
         self._links: dict[str, Link] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -52,7 +60,7 @@ class WorkerPool:
         for worker_id, record in workers.items():
             if alive(record) and worker_id not in self._links:
                 prefill = record.role == types_pb2.WORKER_ROLE_PREFILL
-                self._links[worker_id] = (PrefillLink if prefill else DecodeLink)(record, self._on_change)
+                self._links[worker_id] = (PrefillLink if prefill else DecodeLink)(record, self._on_change, self._tls)
         self._on_change()
 
     def choose(self, request: GenerationRequest) -> Route:

@@ -87,7 +87,7 @@ class Writer:
 
     def __init__(self, backend: str) -> None:
         self.news = threading.Event()
-        self.endpoint: TransferBackend = registry.create(backend, TransferConfig(), self.news.set)
+        self.endpoint: TransferBackend = registry.create(backend, TransferConfig(bytes_per_s=1e9), self.news.set)
         self.pool: NDArray[np.uint8] = np.frombuffer(self.endpoint.allocate(POOL), dtype=np.uint8)
         self.pool[:] = np.random.default_rng(7).integers(0, 256, POOL, dtype=np.uint8)
 

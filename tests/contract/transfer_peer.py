@@ -1,4 +1,4 @@
-"""The written-to side of the transfer contract: a process with a pool that answers JSON commands.
+"""The other side of the transfer contract: a process with a pool that answers JSON commands.
 
     python transfer_peer.py BACKEND POOL_BYTES
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from common.transfer.base import TransferConfig
+from common.transfer.base import Run, TransferConfig, TransferError
 from common.transfer.registry import create
 
 
@@ -58,6 +58,25 @@ def main(backend: str, pool_bytes: int) -> None:
                         news.wait()
                         news.clear()
                 answer(seen)
+            case ["live", epoch]:
+                endpoint.live(epoch)
+                answer(None)
+            case ["connect", descriptor]:
+                try:
+                    peer = endpoint.connect(bytes.fromhex(descriptor))
+                except TransferError as error:
+                    answer(str(error))
+                else:
+                    answer(peer)
+            case ["write", peer]:
+                endpoint.submit(peer, [Run(0, 0, pool_bytes)], 30.0)
+                while not (ended := endpoint.poll()):
+                    news.wait()
+                    news.clear()
+                answer(ended[0].state.value)
+            case ["disconnect", peer]:
+                endpoint.disconnect(peer)
+                answer(None)
             case ["close"]:
                 endpoint.close()
                 endpoint.close()

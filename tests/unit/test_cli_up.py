@@ -11,7 +11,7 @@ import pytest
 
 from common.cli import launch, up
 from common.cli.launch import Launch, UpConfig
-from common.config.flags import add_flags, resolve
+from common.config.flags import add_flags, resolve, to_environment
 from common.errors.base import MeshError, Reason
 from common.worker.config import WorkerConfig
 from services.bootstrap.config import BootstrapProcessConfig
@@ -96,7 +96,9 @@ async def test_what_the_user_gave_goes_to_who_knows_it() -> None:
     assert worker.handover.disaggregation_transfer_backend == "nixl"
     router = read_back(RouterProcessConfig, mesh.flags(RouterProcessConfig))
     assert (router.router.port, router.router.grpc_port, router.router.drain_timeout) == (81, 82, 2.0)
-    bootstrap = read_back(BootstrapProcessConfig, mesh.flags(BootstrapProcessConfig, port=9))
+    bootstrap = mesh.settings(BootstrapProcessConfig, port=9)
+    assert to_environment(bootstrap) == {"PDMESH_STORE": "etcd"}  # it may hold a password
+    assert not any("etcd" in argument for argument in mesh.flags(BootstrapProcessConfig))
     assert (bootstrap.bootstrap.port, bootstrap.bootstrap.store) == (9, "etcd")
 
 

@@ -63,7 +63,8 @@ def hand_over(source: Engine, made: Sequence, target: Engine, number: int) -> To
     pages = target.allocator.allocate(len(made.pages), PageState.RESERVED)
     target.runner.slots[pages] = source.runner.slots[made.pages]
     source.release(made.sequence_id)
-    return target.adopt(Sequence(number, made.prompt_ids, made.sampling, pages=pages), first)
+    output_ids = made.output_ids[:-1]  # all but what prefill sampled
+    return target.adopt(Sequence(number, made.prompt_ids, made.sampling, output_ids=output_ids, pages=pages), first)
 
 
 def at_rest(engine: Engine) -> bool:
@@ -116,19 +117,34 @@ def test_a_hand_over_gives_what_unified_gives() -> None:
     assert at_rest(target)
 
 
-def test_an_adopted_sequence_can_be_retracted() -> None:
-    source, target = toy_engine(), toy_engine(num_pages=12)
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 1.0, "frequency_penalty": 0.4}])
+def test_a_retracted_adopted_sequence_leaves_and_goes_on_elsewhere(options: dict[str, float]) -> None:
+    source, target, unified = toy_engine(), toy_engine(num_pages=12), toy_engine()
     outputs: dict[int, list[int]] = {}
     for number in range(2):
-        made = sequence(number, prompt(number, 14), prefill_only=True, max_new_tokens=30)
+        wanted = {"seed": number, "max_new_tokens": 30, **options}
+        unified.add(sequence(number, prompt(number, 14), **wanted))
+        made = sequence(number, prompt(number, 14), prefill_only=True, **wanted)
         outputs[number] = hand_over(source, made, target, number).token_ids
+    left: list[Sequence] = []
+    while target.has_work:
+        result = target.step()
+        left += result.retracted
+        for tokens in result.tokens:
+            outputs[tokens.sequence_id] += tokens.token_ids
+    (young,) = left
+    assert (young.sequence_id, target.retracted) == (1, 1)
+    assert at_rest(target)
+    again = sequence(1, prompt(1, 14), prefill_only=True, seed=1, max_new_tokens=30, **options)
+    again.output_ids = list(outputs[1])
+    first = hand_over(source, again, target, 1)
+    assert first.offset == len(outputs[1])
+    outputs[1] += first.token_ids
     while target.has_work:
         for tokens in target.step().tokens:
-            outputs[tokens.sequence_id] += tokens.token_ids
-    assert outputs == {number: greedy(prompt(number, 14), 30) for number in range(2)}
-    assert isinstance(target.runner, ToyRunner)
-    assert any(chunk.start == 0 for step in target.runner.steps for chunk in step)
-    assert at_rest(target)
+            assert tokens.offset == len(outputs[1])
+            outputs[1] += tokens.token_ids
+    assert outputs == run(unified)[0]
 
 
 def test_prefill_tells_every_chunk_and_then_holds_its_pages() -> None:

@@ -6,12 +6,22 @@ import contextlib
 import os
 import queue
 import socket
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from common.transfer.base import TransferError
-from common.transfer.channel import MAX_PAYLOAD_BYTES, Channel, Kind, Link, _frame, is_loopback
+from common.transfer.channel import (
+    _HELLO,
+    MAX_PAYLOAD_BYTES,
+    UNREACHABLE_S,
+    Channel,
+    Kind,
+    Link,
+    _frame,
+    is_loopback,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -90,7 +100,7 @@ def test_a_later_frame_for_another_incarnation_is_dropped(make: Callable[[], End
     receiver = make()
     me = os.urandom(16)
     with receiver.raw() as connection:
-        connection.sendall(_frame(Kind.HELLO, receiver.incarnation, me))
+        connection.sendall(_frame(Kind.HELLO, receiver.incarnation, _HELLO.pack(me, 0)))
         assert connection.recv(1024) == _frame(Kind.WELCOME, me, receiver.incarnation)
         connection.sendall(_frame(Kind.NOTIFY, os.urandom(16), b"stray"))
         connection.sendall(_frame(Kind.NOTIFY, receiver.incarnation, b"mine"))
@@ -149,3 +159,36 @@ def test_a_taken_address_is_an_error(make: Callable[[], End]) -> None:
 def test_loopback_hosts() -> None:
     assert all(is_loopback(host) for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"))
     assert not any(is_loopback(host) for host in ("0.0.0.0", "10.0.0.1", "::", "node-1"))
+
+
+def test_a_fence_refuses_a_life_and_tells_when_its_connections_have_ended(make: Callable[[], End]) -> None:
+    sender, receiver = make(), make()
+    fence = receiver.channel.fence
+    assert fence(sender.incarnation, 3) == float("-inf"), "it was never here"
+    sender.channel.life = 3
+    with pytest.raises(TransferError, match="welcome"):
+        sender.dial(receiver)
+    assert receiver.told.gone.get(timeout=WAIT_S).peer is None
+    assert receiver.channel.refused_hellos == 1
+    sender.channel.life = 4
+    link = sender.dial(receiver)
+    assert fence(sender.incarnation, 3) == float("-inf"), "a later life is another matter"
+    assert fence(sender.incarnation, 4) is None
+    sender.channel.hang_up(link)
+    receiver.told.gone.get(timeout=WAIT_S)
+    ended_at = fence(sender.incarnation, 4)
+    assert ended_at is not None
+    assert ended_at <= time.monotonic()
+
+
+def test_a_connection_that_we_end_proves_nothing_of_its_writer(make: Callable[[], End]) -> None:
+    receiver = make()
+    me = os.urandom(16)
+    with receiver.raw() as connection:
+        connection.sendall(_frame(Kind.HELLO, receiver.incarnation, _HELLO.pack(me, 1)))
+        connection.recv(1024)
+        connection.sendall(b"no frame" * 100)
+        receiver.told.gone.get(timeout=WAIT_S)
+        ended_at = receiver.channel.fence(me, 1)
+        assert ended_at is not None
+        assert ended_at > time.monotonic() + UNREACHABLE_S / 2

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.unit
 
 
 def test_unknown_backend_names_the_known_ones() -> None:
-    with pytest.raises(TransferError, match="'rdma'; there are local, mooncake, nixl"):
+    with pytest.raises(TransferError, match="'rdma'; there are local, mooncake, nixl, emulated"):
         registry.create("rdma", TransferConfig(), no_wake)
 
 

@@ -30,12 +30,24 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """A condition on a key that is not written itself: that its revision is this (ABSENT: that there is none)."""
+
+    key: str
+    revision: int
+
+
+@dataclass(frozen=True)
 class Write:
-    """Set a key, or delete it (`value` None), if its revision is `expected` (ABSENT: there is no such key)."""
+    """Set a key, or delete it (`value` None), if its revision is `expected` (ABSENT: there is no such key).
+
+    With a `guard`, only if that holds as well.
+    """
 
     key: str
     value: bytes | None
     expected: int | None = None
+    guard: Guard | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,7 @@ class Store(Protocol):
     """A key-value store."""
 
     durable: bool  # keys are still there after a restart of this process
+    in_touch: bool  # the last that was heard of the store was good; a lease in it is kept
 
     async def start(self) -> None:
         """Reach the store."""

@@ -14,7 +14,7 @@ from services.bootstrap.store.etcd_server import EtcdServer
 
 log = get_logger(__name__)
 
-LEASE_TTL_S = 10
+LEASE_TTL_S = 3
 RETRY_S = 0.2
 PAGE = 1000
 
@@ -24,9 +24,11 @@ class EtcdStore:
 
     durable = True
 
-    def __init__(self, client: EtcdClient, server: EtcdServer | None = None) -> None:
+    def __init__(self, client: EtcdClient, server: EtcdServer | None = None, *, lease_ttl_s: int = LEASE_TTL_S) -> None:
         self.client = client
+        self.in_touch = False
         self._server = server
+        self._lease_ttl_s = lease_ttl_s
         self._lease_id = 0
         self._announced: dict[str, bytes] = {}
         self._keep_alive: asyncio.Task[None] | None = None
@@ -38,7 +40,8 @@ class EtcdStore:
         if self._keep_alive:  # reached before
             return
         status = await self.client.status()
-        self._lease_id = await self.client.lease_grant(LEASE_TTL_S)
+        self._lease_id = await self.client.lease_grant(self._lease_ttl_s)
+        self.in_touch = True
         self._keep_alive = asyncio.create_task(self._keep_lease(), name="etcd lease")
         log.info("etcd reached", endpoints=self.client.endpoints, version=status.version)
 
@@ -105,17 +108,25 @@ class EtcdStore:
 
     async def _keep_lease(self) -> None:
         """Prolong the lease; when it ended while etcd was out of reach, take another and announce all again."""
+        interval_s = self._lease_ttl_s / 3
         while True:
-            await asyncio.sleep(LEASE_TTL_S / 3)
+            await asyncio.sleep(interval_s if self.in_touch else RETRY_S)
             try:
-                if await self.client.lease_keep_alive(self._lease_id):
-                    continue
-                self._lease_id = await self.client.lease_grant(LEASE_TTL_S)
-                for key, value in self._announced.items():
-                    await self.announce(key, value)
-                log.warning("the lease had ended; announced again", keys=list(self._announced))
+                if not await self.client.lease_keep_alive(self._lease_id, try_timeout_s=interval_s):
+                    await self._announce_again()
+                if not self.in_touch:
+                    log.info("etcd is back", endpoints=self.client.endpoints)
+                self.in_touch = True
             except MeshError as error:
-                log.warning("cannot prolong the lease", error=error.message)
+                if self.in_touch:  # say it once
+                    log.warning("cannot prolong the lease", error=error.message)
+                self.in_touch = False
+
+    async def _announce_again(self) -> None:
+        self._lease_id = await self.client.lease_grant(self._lease_ttl_s)
+        for key, value in self._announced.items():
+            await self.announce(key, value)
+        log.warning("the lease had ended; announced again", keys=list(self._announced))
 
 
 def to_entry(kv: pb.KeyValue) -> Entry:
@@ -135,15 +146,22 @@ def to_txn(write: Write) -> pb.TxnRequest:
         operation = pb.RequestOp(request_put=pb.PutRequest(key=key, value=write.value))
     txn = pb.TxnRequest(success=[operation])
     if write.expected is not None:
-        guard = pb.Compare(
-            result=pb.COMPARE_RESULT_EQUAL_UNSPECIFIED,
-            target=pb.COMPARE_TARGET_MOD,
-            key=key,
-            mod_revision=write.expected,
-        )
-        txn.compare.append(guard)
+        txn.compare.append(to_compare(key, write.expected))
+    if write.guard is not None:
+        txn.compare.append(to_compare(write.guard.key.encode(), write.guard.revision))
+    if txn.compare:
         txn.failure.append(pb.RequestOp(request_range=pb.RangeRequest(key=key)))
     return txn
+
+
+def to_compare(key: bytes, revision: int) -> pb.Compare:
+    """That the key's last change was at `revision`; 0 is that of a key that is not there."""
+    return pb.Compare(
+        result=pb.COMPARE_RESULT_EQUAL_UNSPECIFIED,
+        target=pb.COMPARE_TARGET_MOD,
+        key=key,
+        mod_revision=revision,
+    )
 
 
 def to_outcome(write: Write, answer: pb.TxnResponse, revision: int) -> Outcome:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from common.config.tls import Credentials
 from common.errors.base import MeshError, Reason
 from common.obs.log import get_logger
 from common.rpc.channel import connect
@@ -33,6 +34,10 @@ TRANSIENT = {
 }
 
 
+# What etcd says, as INVALID_ARGUMENT, to a token that is older than the last change of users or roles.
+OLD_AUTH = "revision of auth store is old"
+
+
 class Compacted(Exception):
     """A watch asked for a revision that etcd has forgotten."""
 
@@ -54,8 +59,17 @@ class EtcdClient:
     must take a repetition. Raises `MeshError` (STORE_FAILED).
     """
 
-    def __init__(self, endpoints: list[str], *, user: str = "", password: str = "", timeout_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        endpoints: list[str],
+        *,
+        user: str = "",
+        password: str = "",
+        timeout_s: float = 5.0,
+        tls: Credentials | None = None,
+    ) -> None:
         self.endpoints = endpoints
+        self._tls = tls
         self._user, self._password = user, password
         self._timeout_s = timeout_s
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -89,10 +103,11 @@ class EtcdClient:
     async def lease_revoke(self, lease_id: int) -> None:
         await self._call("Lease/LeaseRevoke", pb.LeaseRevokeRequest(id=lease_id), pb.LeaseRevokeResponse)
 
-    async def lease_keep_alive(self, lease_id: int) -> int:
+    async def lease_keep_alive(self, lease_id: int, try_timeout_s: float = TRY_TIMEOUT_S) -> int:
         """Prolong a lease; returns the seconds it now lasts, 0 when it had ended."""
+        request = pb.LeaseKeepAliveRequest(id=lease_id)
         answer = await self._call(
-            "Lease/LeaseKeepAlive", pb.LeaseKeepAliveRequest(id=lease_id), pb.LeaseKeepAliveResponse, stream=True
+            "Lease/LeaseKeepAlive", request, pb.LeaseKeepAliveResponse, stream=True, try_timeout_s=try_timeout_s
         )
         return answer.ttl
 
@@ -109,6 +124,8 @@ class EtcdClient:
         )
         endpoint = self.endpoints[self._current]
         try:
+            if self._user and not self._token:
+                await self._authenticate(endpoint)
             call = self._stream(endpoint, "Watch/Watch", pb.WatchRequest, pb.WatchResponse)
             await call.write(pb.WatchRequest(create_request=create))
             try:
@@ -116,18 +133,29 @@ class EtcdClient:
                     if response.compact_revision:
                         raise Compacted
                     if response.canceled:
+                        self._token = ""  # a token that ran out is one of the causes
                         raise failed(f"watch cancelled: {response.cancel_reason}")
                     yield response
             finally:
                 call.cancel()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            if isinstance(error, grpc.aio.AioRpcError):
+                self._may_repeat(error)
             self._next_endpoint(endpoint)
             raise failed(f"watch on {endpoint} broke: {describe(error)}") from None
         raise failed(f"watch on {endpoint} ended")
 
     # ---------------------------------------------------------------------------------- plumbing
 
-    async def _call(self, method: str, request: Any, answer: type[R], *, stream: bool = False) -> R:
+    async def _call(
+        self,
+        method: str,
+        request: Any,
+        answer: type[R],
+        *,
+        stream: bool = False,
+        try_timeout_s: float = TRY_TIMEOUT_S,
+    ) -> R:
         last = "no endpoint"
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -136,7 +164,7 @@ class EtcdClient:
                     try:
                         if self._user and not self._token:
                             await self._authenticate(endpoint)
-                        return await self._once(endpoint, method, request, answer, stream)
+                        return await self._once(endpoint, method, request, answer, stream, try_timeout_s)
                     except grpc.aio.AioRpcError as error:
                         last = f"{endpoint}: {describe(error)}"
                         if not self._may_repeat(error):
@@ -146,9 +174,17 @@ class EtcdClient:
         except TimeoutError:
             raise failed(f"{method}: no answer within {self._timeout_s:g} s; last: {last}") from None
 
-    async def _once(self, endpoint: str, method: str, request: Any, answer: type[R], stream: bool) -> R:
+    async def _once(
+        self,
+        endpoint: str,
+        method: str,
+        request: Any,
+        answer: type[R],
+        stream: bool = False,
+        timeout_s: float = TRY_TIMEOUT_S,
+    ) -> R:
         if stream:
-            call = self._stream(endpoint, method, type(request), answer, TRY_TIMEOUT_S)
+            call = self._stream(endpoint, method, type(request), answer, timeout_s)
             try:
                 await call.write(request)
                 response = await call.read()
@@ -164,7 +200,7 @@ class EtcdClient:
             request_serializer=type(request).SerializeToString,
             response_deserializer=answer.FromString,  # type: ignore[attr-defined]
         )
-        return await unary(request, timeout=TRY_TIMEOUT_S, metadata=self._metadata())  # type: ignore[no-any-return]
+        return await unary(request, timeout=timeout_s, metadata=self._metadata())  # type: ignore[no-any-return]
 
     def _stream(self, endpoint: str, method: str, request: Any, answer: Any, timeout_s: float | None = None) -> Any:
         make = self._channel(endpoint).stream_stream(
@@ -175,14 +211,15 @@ class EtcdClient:
         return make(timeout=timeout_s, metadata=self._metadata())
 
     def _may_repeat(self, error: grpc.aio.AioRpcError) -> bool:
-        if error.code() is grpc.StatusCode.UNAUTHENTICATED and self._user and self._token:
-            self._token = ""  # it ran out: log in again
+        stale = error.code() is grpc.StatusCode.UNAUTHENTICATED or OLD_AUTH in (error.details() or "")
+        if stale and self._user and self._token:
+            self._token = ""  # it ran out, or users have changed: log in again
             return True
         return error.code() in TRANSIENT
 
     async def _authenticate(self, endpoint: str) -> None:
         request = pb.AuthenticateRequest(name=self._user, password=self._password)
-        answer = await self._once(endpoint, "Auth/Authenticate", request, pb.AuthenticateResponse, False)
+        answer = await self._once(endpoint, "Auth/Authenticate", request, pb.AuthenticateResponse)
         self._token = answer.token
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
@@ -190,7 +227,7 @@ class EtcdClient:
 
     def _channel(self, endpoint: str) -> grpc.aio.Channel:
         if endpoint not in self._channels:
-            self._channels[endpoint] = connect(endpoint)
+            self._channels[endpoint] = connect(endpoint, self._tls)
         return self._channels[endpoint]
 
     def _next_endpoint(self, bad: str) -> None:

@@ -7,12 +7,14 @@ import importlib.util
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from common.config.tls import NO_TLS, TlsConfig
 from common.errors.base import MeshError, Reason
 from common.obs.log import get_logger
 
@@ -56,12 +58,16 @@ def find_etcd(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 class EtcdServer:
-    """Start and stop a private etcd. `endpoint` is `host:port` for clients."""
+    """Start and stop a private etcd. `endpoint` is `host:port` for clients.
 
-    def __init__(self, folder: Path | None = None, port: int = 0) -> None:
+    With `tls`, which names certificate, key and authorities, it takes only clients that those certify.
+    """
+
+    def __init__(self, folder: Path | None = None, port: int = 0, tls: TlsConfig = NO_TLS) -> None:
         self._own_folder = folder is None
         self.folder = folder
         self.port = port
+        self.tls = tls
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -80,10 +86,11 @@ class EtcdServer:
             remove_leftovers()
             self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
         self.port = self.port or free_port()
+        context = client_context(self.tls)
         self.process = self.spawn(binary, self.folder)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                while not await is_healthy(self.port):
+                while not await is_healthy(self.port, context):
                     if self.process.poll() is not None:
                         raise MeshError(Reason.BAD_CONFIG, f"etcd did not start: {self.last_words()}")
                     await asyncio.sleep(0.02)
@@ -98,7 +105,8 @@ class EtcdServer:
             return subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
 
     def command(self, binary: Path, folder: Path) -> list[str]:
-        client, peer = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{free_port()}"
+        scheme = "https" if self.tls.tls_ca else "http"
+        client, peer = f"{scheme}://127.0.0.1:{self.port}", f"{scheme}://127.0.0.1:{free_port()}"
         return [
             *(sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid()), str(binary)),
             *("--name", "pdmesh", "--data-dir", str(folder / "data")),
@@ -109,6 +117,7 @@ class EtcdServer:
             *("--heartbeat-interval", "10", "--election-timeout", "100", "--unsafe-no-fsync"),
             *("--auto-compaction-mode", "periodic", "--auto-compaction-retention", "5m"),
             *("--log-level", "warn"),
+            *tls_flags(self.tls),
         ]
 
     def last_words(self) -> str:
@@ -130,10 +139,29 @@ class EtcdServer:
             self.folder = None
 
 
-async def is_healthy(port: int) -> bool:
+def tls_flags(tls: TlsConfig) -> list[str]:
+    """etcd's flags for mutual TLS with its clients and on its port for other members; none without `tls`."""
+    if not (tls.tls_cert and tls.tls_key and tls.tls_ca):
+        return []
+    files = {"cert-file": tls.tls_cert, "key-file": tls.tls_key, "trusted-ca-file": tls.tls_ca}
+    flags = [part for name, path in files.items() for part in (f"--{name}", path, f"--peer-{name}", path)]
+    return [*flags, "--client-cert-auth", "--peer-client-cert-auth"]
+
+
+def client_context(tls: TlsConfig) -> ssl.SSLContext | None:
+    """For the health page alone: whether the certificate bears the right name is told by the first real call."""
+    if not (tls.tls_cert and tls.tls_ca):
+        return None
+    context = ssl.create_default_context(cafile=tls.tls_ca)
+    context.check_hostname = False
+    context.load_cert_chain(tls.tls_cert, tls.tls_key)
+    return context
+
+
+async def is_healthy(port: int, tls: ssl.SSLContext | None = None) -> bool:
     """Ask etcd's /health page: true once it has a leader."""
     try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls)
     except OSError:
         return False
     try:

@@ -6,13 +6,14 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
-from services.bootstrap.store.base import Change, Changes, Entry, Outcome, Write, check
+from services.bootstrap.store.base import ABSENT, Change, Changes, Entry, Outcome, Write, check
 
 
 class MemoryStore:
     """Keys live as long as the object. `history` is the number of changes that a watch can look back."""
 
     durable = False
+    in_touch = True
 
     def __init__(self, history: int = 1000) -> None:
         self._entries: dict[str, Entry] = {}
@@ -69,7 +70,9 @@ class MemoryStore:
 
     def _apply(self, write: Write, revision: int) -> Outcome:
         entry = self._entries.get(write.key)
-        if write.expected is not None and write.expected != (entry.revision if entry else 0):
+        if write.expected is not None and write.expected != revision_of(entry):
+            return Outcome(False, entry)
+        if write.guard and write.guard.revision != revision_of(self._entries.get(write.guard.key)):
             return Outcome(False, entry)
         if write.value is None:
             if entry is None:
@@ -85,3 +88,7 @@ class MemoryStore:
         self._log.append(change)
         while len(self._log) > self._history:
             self._forgotten = self._log.popleft().revision
+
+
+def revision_of(entry: Entry | None) -> int:
+    return entry.revision if entry else ABSENT

@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from pdmesh.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -20,6 +21,42 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _HeldPhase:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HeldPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HeldPhase.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HELD_PHASE_UNSPECIFIED: _HeldPhase.ValueType  # 0
+    """Not told."""
+    HELD_PHASE_WAITING: _HeldPhase.ValueType  # 1
+    """It has the sequence. Decode has granted no pages, prefill knows of none."""
+    HELD_PHASE_RESERVED: _HeldPhase.ValueType  # 2
+    """Decode has granted pages; prefill may write to them."""
+    HELD_PHASE_ARRIVED: _HeldPhase.ValueType  # 3
+    """Decode has all bytes."""
+    HELD_PHASE_QUARANTINED: _HeldPhase.ValueType  # 4
+    """Decode: the room ended, and its writer may still write."""
+    HELD_PHASE_OVER: _HeldPhase.ValueType  # 5
+    """The worker gave the room up; prefill will write nothing more."""
+
+class HeldPhase(_HeldPhase, metaclass=_HeldPhaseEnumTypeWrapper):
+    """How far a worker has come with a room."""
+
+HELD_PHASE_UNSPECIFIED: HeldPhase.ValueType  # 0
+"""Not told."""
+HELD_PHASE_WAITING: HeldPhase.ValueType  # 1
+"""It has the sequence. Decode has granted no pages, prefill knows of none."""
+HELD_PHASE_RESERVED: HeldPhase.ValueType  # 2
+"""Decode has granted pages; prefill may write to them."""
+HELD_PHASE_ARRIVED: HeldPhase.ValueType  # 3
+"""Decode has all bytes."""
+HELD_PHASE_QUARANTINED: HeldPhase.ValueType  # 4
+"""Decode: the room ended, and its writer may still write."""
+HELD_PHASE_OVER: HeldPhase.ValueType  # 5
+"""The worker gave the room up; prefill will write nothing more."""
+Global___HeldPhase: _TypeAlias = HeldPhase  # noqa: Y015
 
 @_typing.final
 class WorkerSessionRequest(_message.Message):
@@ -59,6 +96,8 @@ class WorkerEvent(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     QUIET_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    FENCED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___WorkerRegister:
         """Who it is; first and once."""
@@ -91,6 +130,14 @@ class WorkerEvent(_message.Message):
     def draining(self) -> Global___WorkerDraining:
         """The worker takes no new work from now on."""
 
+    @_builtins.property
+    def held(self) -> Global___HeldRooms:
+        """What the worker holds of shards whose owner has changed; before any other word about their rooms."""
+
+    @_builtins.property
+    def fenced(self) -> Global___RoomFenced:
+        """Decode has fenced a room's lost writer off."""
+
     def __init__(
         self,
         *,
@@ -102,12 +149,14 @@ class WorkerEvent(_message.Message):
         failed: Global___RoomFailed | None = ...,
         quiet: Global___RoomQuiet | None = ...,
         draining: Global___WorkerDraining | None = ...,
+        held: Global___HeldRooms | None = ...,
+        fenced: Global___RoomFenced | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "event", b"event", "failed", b"failed", "heartbeat", b"heartbeat", "quiet", b"quiet", "register", b"register", "reserved", b"reserved", "transferred", b"transferred", "transferring", b"transferring"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "event", b"event", "failed", b"failed", "fenced", b"fenced", "heartbeat", b"heartbeat", "held", b"held", "quiet", b"quiet", "register", b"register", "reserved", b"reserved", "transferred", b"transferred", "transferring", b"transferring"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "event", b"event", "failed", b"failed", "heartbeat", b"heartbeat", "quiet", b"quiet", "register", b"register", "reserved", b"reserved", "transferred", b"transferred", "transferring", b"transferring"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "event", b"event", "failed", b"failed", "fenced", b"fenced", "heartbeat", b"heartbeat", "held", b"held", "quiet", b"quiet", "register", b"register", "reserved", b"reserved", "transferred", b"transferred", "transferring", b"transferring"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["register", "heartbeat", "reserved", "transferring", "transferred", "failed", "quiet", "draining"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["register", "heartbeat", "reserved", "transferring", "transferred", "failed", "quiet", "draining", "held", "fenced"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -115,7 +164,9 @@ Global___WorkerEvent: _TypeAlias = WorkerEvent  # noqa: Y015
 
 @_typing.final
 class WorkerRegister(_message.Message):
-    """A worker's registration. Its id, epoch, state and times are bootstrap's to fill; an id may be proposed."""
+    """A worker's registration. Its id, state and times are bootstrap's to fill; an id may be proposed. Its epoch is
+    bootstrap's as well: 0 begins a life, and the epoch that was given then goes on with it, at any replica.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -300,6 +351,32 @@ class RoomQuiet(_message.Message):
 Global___RoomQuiet: _TypeAlias = RoomQuiet  # noqa: Y015
 
 @_typing.final
+class RoomFenced(_message.Message):
+    """The writer of a failed room was lost, and can write no more as far as decode's transfer endpoint sees: the pages
+    are free.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ticket(self) -> _types_pb2.Ticket:
+        """The room."""
+
+    def __init__(
+        self,
+        *,
+        ticket: _types_pb2.Ticket | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoomFenced: _TypeAlias = RoomFenced  # noqa: Y015
+
+@_typing.final
 class WorkerDraining(_message.Message):
     """The worker finishes what it has."""
 
@@ -315,6 +392,168 @@ class WorkerDraining(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerDraining: _TypeAlias = WorkerDraining  # noqa: Y015
+
+@_typing.final
+class HeldRooms(_message.Message):
+    """All rooms of some shards that a worker holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARDS_FIELD_NUMBER: _builtins.int
+    ROOMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The shards. Of these the worker holds no other room."""
+
+    @_builtins.property
+    def rooms(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldRoom]:
+        """The rooms."""
+
+    def __init__(
+        self,
+        *,
+        shards: _abc.Iterable[_builtins.int] | None = ...,
+        rooms: _abc.Iterable[Global___HeldRoom] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rooms", b"rooms", "shards", b"shards"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldRooms: _TypeAlias = HeldRooms  # noqa: Y015
+
+@_typing.final
+class HeldRoom(_message.Message):
+    """A room that a worker holds, or held a moment ago."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    RESERVATION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    phase: Global___HeldPhase.ValueType
+    """How far it has come."""
+    reason: _builtins.str
+    """Set when the worker gave the room up: an ErrorReason's name without its prefix."""
+    message: _builtins.str
+    """Why it did, in a sentence."""
+    @_builtins.property
+    def ticket(self) -> _types_pb2.Ticket:
+        """The room."""
+
+    @_builtins.property
+    def reservation(self) -> _types_pb2.Reservation:
+        """Decode: what it granted."""
+
+    def __init__(
+        self,
+        *,
+        ticket: _types_pb2.Ticket | None = ...,
+        phase: Global___HeldPhase.ValueType = ...,
+        reservation: _types_pb2.Reservation | None = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reservation", b"reservation", "ticket", b"ticket"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "phase", b"phase", "reason", b"reason", "reservation", b"reservation", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldRoom: _TypeAlias = HeldRoom  # noqa: Y015
+
+@_typing.final
+class Ownership(_message.Message):
+    """What a replica of bootstrap owns, and which others there are. Told first, and whenever it changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    OWNED_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    """The replica that tells."""
+    shards: _builtins.int
+    """Number of shards there are; a request belongs to shard CRC-32(request id) modulo this."""
+    @_builtins.property
+    def owned(self) -> _containers.RepeatedCompositeFieldContainer[Global___OwnedShard]:
+        """Shards that the replica owns; of these it owns all rooms."""
+
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]:
+        """All replicas that are there, as far as the replica knows."""
+
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+        shards: _builtins.int = ...,
+        owned: _abc.Iterable[Global___OwnedShard] | None = ...,
+        replicas: _abc.Iterable[Global___Replica] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["owned", b"owned", "replica_id", b"replica_id", "replicas", b"replicas", "shards", b"shards"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ownership: _TypeAlias = Ownership  # noqa: Y015
+
+@_typing.final
+class OwnedShard(_message.Message):
+    """A shard with its owner's claim. Of two claims that with the higher epoch holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    shard: _builtins.int
+    """The shard, from 0."""
+    epoch: _builtins.int
+    """Grows with every change of the shard's owner."""
+    def __init__(
+        self,
+        *,
+        shard: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "shard", b"shard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OwnedShard: _TypeAlias = OwnedShard  # noqa: Y015
+
+@_typing.final
+class Replica(_message.Message):
+    """One of the processes that are bootstrap together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    """Names one life of the process."""
+    address: _builtins.str
+    """host:port that others reach it by."""
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "replica_id", b"replica_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Replica: _TypeAlias = Replica  # noqa: Y015
 
 @_typing.final
 class WorkerSessionResponse(_message.Message):
@@ -351,6 +590,8 @@ class ControlEvent(_message.Message):
     ENDED_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
+    OWNERSHIP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def registered(self) -> Global___WorkerRegistered:
         """The registration took effect."""
@@ -371,6 +612,14 @@ class ControlEvent(_message.Message):
     def refused(self) -> Global___EventRefused:
         """An event of the worker was not applied."""
 
+    @_builtins.property
+    def drain(self) -> Global___Drain:
+        """An operator wants the worker to finish what it has and leave."""
+
+    @_builtins.property
+    def ownership(self) -> Global___Ownership:
+        """What this replica owns; room events go to their shard's owner."""
+
     def __init__(
         self,
         *,
@@ -379,16 +628,42 @@ class ControlEvent(_message.Message):
         ended: Global___RoomEnded | None = ...,
         released: Global___RoomReleased | None = ...,
         refused: Global___EventRefused | None = ...,
+        drain: Global___Drain | None = ...,
+        ownership: Global___Ownership | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "event", b"event", "refused", b"refused", "registered", b"registered", "released", b"released", "reserved", b"reserved"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "ended", b"ended", "event", b"event", "ownership", b"ownership", "refused", b"refused", "registered", b"registered", "released", b"released", "reserved", b"reserved"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "event", b"event", "refused", b"refused", "registered", b"registered", "released", b"released", "reserved", b"reserved"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "ended", b"ended", "event", b"event", "ownership", b"ownership", "refused", b"refused", "registered", b"registered", "released", b"released", "reserved", b"reserved"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["registered", "reserved", "ended", "released", "refused"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["registered", "reserved", "ended", "released", "refused", "drain", "ownership"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___ControlEvent: _TypeAlias = ControlEvent  # noqa: Y015
+
+@_typing.final
+class Drain(_message.Message):
+    """Take nothing new, finish what runs, leave. The worker acknowledges with WorkerDraining."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIMEOUT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """How long running sequences have; absent: the worker's own --drain-timeout."""
+
+    def __init__(
+        self,
+        *,
+        timeout: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Drain: _TypeAlias = Drain  # noqa: Y015
 
 @_typing.final
 class WorkerRegistered(_message.Message):
@@ -460,23 +735,35 @@ Global___RoomEnded: _TypeAlias = RoomEnded  # noqa: Y015
 
 @_typing.final
 class RoomReleased(_message.Message):
-    """Nobody writes to the room's pages any more."""
+    """Nobody writes to the room's pages any more; or, with endpoints, nobody will once these are gone."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TICKET_FIELD_NUMBER: _builtins.int
+    WHEN_GONE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """The writer's epoch when it was lost: connections of its later lives are not fenced off."""
     @_builtins.property
     def ticket(self) -> _types_pb2.Ticket:
         """The room."""
+
+    @_builtins.property
+    def when_gone(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.RankEndpoint]:
+        """The lost writer's transfer endpoints: decode fences them off and frees the pages when no connection of them is
+        open. Empty: the pages are free at once.
+        """
 
     def __init__(
         self,
         *,
         ticket: _types_pb2.Ticket | None = ...,
+        when_gone: _abc.Iterable[_types_pb2.RankEndpoint] | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "ticket", b"ticket", "when_gone", b"when_gone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -551,6 +838,7 @@ class RouterEvent(_message.Message):
     OPEN_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
     CLOSE_FIELD_NUMBER: _builtins.int
+    REQUEST_FAILED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___OpenRoom:
         """Open a room."""
@@ -563,22 +851,57 @@ class RouterEvent(_message.Message):
     def close(self) -> Global___CloseRoom:
         """The sequence is over; the room's record may go."""
 
+    @_builtins.property
+    def request_failed(self) -> Global___RequestFailed:
+        """A request failed or was refused: kept for Explain."""
+
     def __init__(
         self,
         *,
         open: Global___OpenRoom | None = ...,
         abort: Global___AbortRoom | None = ...,
         close: Global___CloseRoom | None = ...,
+        request_failed: Global___RequestFailed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "event", b"event", "open", b"open"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "event", b"event", "open", b"open", "request_failed", b"request_failed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "event", b"event", "open", b"open"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "event", b"event", "open", b"open", "request_failed", b"request_failed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["open", "abort", "close"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["open", "abort", "close", "request_failed"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___RouterEvent: _TypeAlias = RouterEvent  # noqa: Y015
+
+@_typing.final
+class RequestFailed(_message.Message):
+    """A request failed at the router. It may never have had a room."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request."""
+    reason: _builtins.str
+    """An ErrorReason's name without its prefix."""
+    message: _builtins.str
+    """Why, in a sentence."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestFailed: _TypeAlias = RequestFailed  # noqa: Y015
 
 @_typing.final
 class OpenRoom(_message.Message):
@@ -594,6 +917,8 @@ class OpenRoom(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
     DEADLINE_FIELD_NUMBER: _builtins.int
+    ADMISSION_DEADLINE_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     index: _builtins.int
@@ -612,6 +937,14 @@ class OpenRoom(_message.Message):
     def deadline(self) -> _timestamp_pb2.Timestamp:
         """When the request is no longer wanted; absent: never."""
 
+    @_builtins.property
+    def admission_deadline(self) -> _timestamp_pb2.Timestamp:
+        """Until when decode must have granted pages, else the room fails as OVERLOADED; absent: no such limit."""
+
+    @_builtins.property
+    def ticket(self) -> _types_pb2.Ticket:
+        """Set for a room that was opened before, at an owner that is gone: the new one takes it over."""
+
     def __init__(
         self,
         *,
@@ -623,10 +956,12 @@ class OpenRoom(_message.Message):
         prompt_tokens: _builtins.int = ...,
         max_new_tokens: _builtins.int = ...,
         deadline: _timestamp_pb2.Timestamp | None = ...,
+        admission_deadline: _timestamp_pb2.Timestamp | None = ...,
+        ticket: _types_pb2.Ticket | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admission_deadline", b"admission_deadline", "deadline", b"deadline", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deadline", b"deadline", "decode_worker_id", b"decode_worker_id", "index", b"index", "max_new_tokens", b"max_new_tokens", "prefill_worker_id", b"prefill_worker_id", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission_deadline", b"admission_deadline", "attempt", b"attempt", "deadline", b"deadline", "decode_worker_id", b"decode_worker_id", "index", b"index", "max_new_tokens", b"max_new_tokens", "prefill_worker_id", b"prefill_worker_id", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -724,6 +1059,7 @@ class MeshEvent(_message.Message):
     OPEN_REFUSED_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
     SNAPSHOT_END_FIELD_NUMBER: _builtins.int
+    OWNERSHIP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def worker(self) -> _types_pb2.Worker:
         """A worker's record is new or has changed."""
@@ -748,6 +1084,10 @@ class MeshEvent(_message.Message):
     def snapshot_end(self) -> Global___SnapshotEnd:
         """All workers known at the session's start have been told."""
 
+    @_builtins.property
+    def ownership(self) -> Global___Ownership:
+        """What this replica owns; rooms are opened at their shard's owner."""
+
     def __init__(
         self,
         *,
@@ -757,12 +1097,13 @@ class MeshEvent(_message.Message):
         open_refused: Global___OpenRefused | None = ...,
         ended: Global___RoomEnded | None = ...,
         snapshot_end: Global___SnapshotEnd | None = ...,
+        ownership: Global___Ownership | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "event", b"event", "gone", b"gone", "open_refused", b"open_refused", "opened", b"opened", "snapshot_end", b"snapshot_end", "worker", b"worker"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "event", b"event", "gone", b"gone", "open_refused", b"open_refused", "opened", b"opened", "ownership", b"ownership", "snapshot_end", b"snapshot_end", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "event", b"event", "gone", b"gone", "open_refused", b"open_refused", "opened", b"opened", "snapshot_end", b"snapshot_end", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "event", b"event", "gone", b"gone", "open_refused", b"open_refused", "opened", b"opened", "ownership", b"ownership", "snapshot_end", b"snapshot_end", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["worker", "gone", "opened", "open_refused", "ended", "snapshot_end"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["worker", "gone", "opened", "open_refused", "ended", "snapshot_end", "ownership"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -943,6 +1284,8 @@ class ListRoomsRequest(_message.Message):
     WORKER_ID_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    MIN_AGE_FIELD_NUMBER: _builtins.int
     state: _types_pb2.RoomState.ValueType
     """Only in this state; unset: all."""
     worker_id: _builtins.str
@@ -951,6 +1294,12 @@ class ListRoomsRequest(_message.Message):
     """Most rooms to return; 0 means 100, at most 1,000."""
     page_token: _builtins.str
     """Where the last page ended; empty: from the newest."""
+    request_id: _builtins.str
+    """Only rooms of this request; empty: all."""
+    @_builtins.property
+    def min_age(self) -> _duration_pb2.Duration:
+        """Only rooms opened at least so long ago; absent: all."""
+
     def __init__(
         self,
         *,
@@ -958,10 +1307,12 @@ class ListRoomsRequest(_message.Message):
         worker_id: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        min_age: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["min_age", b"min_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_age", b"min_age", "page_size", b"page_size", "page_token", b"page_token", "request_id", b"request_id", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1024,6 +1375,608 @@ class GetRoomResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ROOM_FIELD_NUMBER: _builtins.int
+    TIMELINE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def room(self) -> _types_pb2.Room:
+        """Its record."""
+
+    @_builtins.property
+    def timeline(self) -> Global___Timeline:
+        """What happened to it."""
+
+    def __init__(
+        self,
+        *,
+        room: _types_pb2.Room | None = ...,
+        timeline: Global___Timeline | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["room", b"room", "timeline", b"timeline"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["room", b"room", "timeline", b"timeline"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRoomResponse: _TypeAlias = GetRoomResponse  # noqa: Y015
+
+@_typing.final
+class Timeline(_message.Message):
+    """What happened to a room, in order. Kept in memory: it begins anew when another bootstrap takes the room over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOMENTS_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    dropped: _builtins.int
+    """Refused events beyond those shown."""
+    @_builtins.property
+    def moments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Moment]:
+        """What happened."""
+
+    def __init__(
+        self,
+        *,
+        moments: _abc.Iterable[Global___Moment] | None = ...,
+        dropped: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "moments", b"moments"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Timeline: _TypeAlias = Timeline  # noqa: Y015
+
+@_typing.final
+class Moment(_message.Message):
+    """Something that happened to a room."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_FIELD_NUMBER: _builtins.int
+    EVENT_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
+    event: _builtins.str
+    """The event's name, as in the state machine, or Opened, Closed or Restored."""
+    by: _builtins.str
+    """Who caused it: a worker's id, router, timer (bootstrap's own) or operator."""
+    state: _types_pb2.RoomState.ValueType
+    """The room's state from then on."""
+    reason: _builtins.str
+    """The event's own reason, such as that of an abort: an ErrorReason's name without its prefix."""
+    message: _builtins.str
+    """The event's own words."""
+    refused: _builtins.str
+    """Set when the event was refused and changed nothing: why, as an ErrorReason's name without its prefix."""
+    refusal: _builtins.str
+    """Why it was refused, in a sentence."""
+    count: _builtins.int
+    """How often it happened: repeated refusals are counted in the first."""
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """When."""
+
+    @_builtins.property
+    def prefill(self) -> Global___WorkerFigures:
+        """The prefill worker at that time; absent when it was not known."""
+
+    @_builtins.property
+    def decode(self) -> Global___WorkerFigures:
+        """The decode worker at that time; absent when it was not known."""
+
+    def __init__(
+        self,
+        *,
+        at: _timestamp_pb2.Timestamp | None = ...,
+        event: _builtins.str = ...,
+        by: _builtins.str = ...,
+        state: _types_pb2.RoomState.ValueType = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        refused: _builtins.str = ...,
+        refusal: _builtins.str = ...,
+        count: _builtins.int = ...,
+        prefill: Global___WorkerFigures | None = ...,
+        decode: Global___WorkerFigures | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "decode", b"decode", "prefill", b"prefill"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "by", b"by", "count", b"count", "decode", b"decode", "event", b"event", "message", b"message", "prefill", b"prefill", "reason", b"reason", "refusal", b"refusal", "refused", b"refused", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Moment: _TypeAlias = Moment  # noqa: Y015
+
+@_typing.final
+class WorkerFigures(_message.Message):
+    """What bootstrap knew of a worker at some time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    TOLD_AT_FIELD_NUMBER: _builtins.int
+    state: _types_pb2.WorkerState.ValueType
+    """Whether it took work."""
+    @_builtins.property
+    def load(self) -> _types_pb2.WorkerLoad:
+        """Its load, as it last told."""
+
+    @_builtins.property
+    def told_at(self) -> _timestamp_pb2.Timestamp:
+        """When it told."""
+
+    def __init__(
+        self,
+        *,
+        state: _types_pb2.WorkerState.ValueType = ...,
+        load: _types_pb2.WorkerLoad | None = ...,
+        told_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "told_at", b"told_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "state", b"state", "told_at", b"told_at"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerFigures: _TypeAlias = WorkerFigures  # noqa: Y015
+
+@_typing.final
+class WatchRoomsRequest(_message.Message):
+    """Asks for changes of rooms."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    WITH_OPEN_FIELD_NUMBER: _builtins.int
+    state: _types_pb2.RoomState.ValueType
+    """Only changes into this state; unset: all."""
+    worker_id: _builtins.str
+    """Only rooms of this worker; empty: all."""
+    request_id: _builtins.str
+    """Only rooms of this request; empty: all."""
+    with_open: _builtins.bool
+    """Tells the rooms that are open now first."""
+    def __init__(
+        self,
+        *,
+        state: _types_pb2.RoomState.ValueType = ...,
+        worker_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        with_open: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "state", b"state", "with_open", b"with_open", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchRoomsRequest: _TypeAlias = WatchRoomsRequest  # noqa: Y015
+
+@_typing.final
+class WatchRoomsResponse(_message.Message):
+    """A batch of changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoomChange]:
+        """In order."""
+
+    def __init__(
+        self,
+        *,
+        changes: _abc.Iterable[Global___RoomChange] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchRoomsResponse: _TypeAlias = WatchRoomsResponse  # noqa: Y015
+
+@_typing.final
+class RoomChange(_message.Message):
+    """A room changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROOM_FIELD_NUMBER: _builtins.int
+    MOMENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def room(self) -> _types_pb2.Room:
+        """Its record, without the reservation."""
+
+    @_builtins.property
+    def moment(self) -> Global___Moment:
+        """What happened; absent for a room that was open before."""
+
+    def __init__(
+        self,
+        *,
+        room: _types_pb2.Room | None = ...,
+        moment: Global___Moment | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["moment", b"moment", "room", b"room"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["moment", b"moment", "room", b"room"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoomChange: _TypeAlias = RoomChange  # noqa: Y015
+
+@_typing.final
+class GetLedgerRequest(_message.Message):
+    """Asks for workers' pages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Only of this worker; empty: all."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLedgerRequest: _TypeAlias = GetLedgerRequest  # noqa: Y015
+
+@_typing.final
+class GetLedgerResponse(_message.Message):
+    """Workers' pages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKERS_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerLedger]:
+        """By worker id."""
+
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """When this was true."""
+
+    def __init__(
+        self,
+        *,
+        workers: _abc.Iterable[Global___WorkerLedger] | None = ...,
+        at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLedgerResponse: _TypeAlias = GetLedgerResponse  # noqa: Y015
+
+@_typing.final
+class WorkerLedger(_message.Message):
+    """A worker's pages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    LEDGER_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
+    TOLD_AT_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """The worker."""
+    role: _types_pb2.WorkerRole.ValueType
+    """What it does."""
+    state: _types_pb2.WorkerState.ValueType
+    """Whether it takes work."""
+    pages: _builtins.int
+    """Pages in all."""
+    @_builtins.property
+    def ledger(self) -> _types_pb2.Ledger:
+        """Pages by state."""
+
+    @_builtins.property
+    def told_at(self) -> _timestamp_pb2.Timestamp:
+        """When the worker told them."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        role: _types_pb2.WorkerRole.ValueType = ...,
+        state: _types_pb2.WorkerState.ValueType = ...,
+        ledger: _types_pb2.Ledger | None = ...,
+        pages: _builtins.int = ...,
+        told_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "told_at", b"told_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "pages", b"pages", "role", b"role", "state", b"state", "told_at", b"told_at", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerLedger: _TypeAlias = WorkerLedger  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    """Names what is to be explained: one of the two."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ROOM_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """A request: all its sequences and attempts."""
+    room_id: _builtins.str
+    """One room."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        room_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "room_id", b"room_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    """What happened."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ROOMS_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    summary: _builtins.str
+    """The first cause of a failure or a long wait, or how it went, in one sentence."""
+    reason: _builtins.str
+    """For a failure: its reason, an ErrorReason's name without its prefix. Empty otherwise."""
+    @_builtins.property
+    def rooms(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainedRoom]:
+        """The rooms, by sequence and attempt."""
+
+    @_builtins.property
+    def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusedOpening]:
+        """Attempts to open a room that were refused."""
+
+    @_builtins.property
+    def failure(self) -> Global___RequestFailure:
+        """How the request failed at the router; absent when no router said so."""
+
+    def __init__(
+        self,
+        *,
+        summary: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        rooms: _abc.Iterable[Global___ExplainedRoom] | None = ...,
+        refused: _abc.Iterable[Global___RefusedOpening] | None = ...,
+        failure: Global___RequestFailure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "reason", b"reason", "refused", b"refused", "rooms", b"rooms", "summary", b"summary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class ExplainedRoom(_message.Message):
+    """A room, explained."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROOM_FIELD_NUMBER: _builtins.int
+    TIMELINE_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    summary: _builtins.str
+    """The first cause of its failure or long wait, or how it went, in one sentence."""
+    reason: _builtins.str
+    """For a failure: its reason, an ErrorReason's name without its prefix. Empty otherwise."""
+    @_builtins.property
+    def room(self) -> _types_pb2.Room:
+        """Its record."""
+
+    @_builtins.property
+    def timeline(self) -> Global___Timeline:
+        """What happened to it."""
+
+    def __init__(
+        self,
+        *,
+        room: _types_pb2.Room | None = ...,
+        timeline: Global___Timeline | None = ...,
+        summary: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["room", b"room", "timeline", b"timeline"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "room", b"room", "summary", b"summary", "timeline", b"timeline"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainedRoom: _TypeAlias = ExplainedRoom  # noqa: Y015
+
+@_typing.final
+class RefusedOpening(_message.Message):
+    """A room that was not opened."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Why it was refused: an ErrorReason's name without its prefix."""
+    message: _builtins.str
+    """Why, in a sentence."""
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """When."""
+
+    @_builtins.property
+    def wanted(self) -> Global___OpenRoom:
+        """What was asked for."""
+
+    def __init__(
+        self,
+        *,
+        at: _timestamp_pb2.Timestamp | None = ...,
+        wanted: Global___OpenRoom | None = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "wanted", b"wanted"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "message", b"message", "reason", b"reason", "wanted", b"wanted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefusedOpening: _TypeAlias = RefusedOpening  # noqa: Y015
+
+@_typing.final
+class RequestFailure(_message.Message):
+    """A request that failed at the router."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """An ErrorReason's name without its prefix."""
+    message: _builtins.str
+    """Why, in a sentence."""
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """When bootstrap heard of it."""
+
+    def __init__(
+        self,
+        *,
+        at: _timestamp_pb2.Timestamp | None = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "message", b"message", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestFailure: _TypeAlias = RequestFailure  # noqa: Y015
+
+@_typing.final
+class DrainWorkerRequest(_message.Message):
+    """Names a worker to drain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """The worker."""
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """How long running sequences have; absent: the worker's own --drain-timeout."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        timeout: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainWorkerRequest: _TypeAlias = DrainWorkerRequest  # noqa: Y015
+
+@_typing.final
+class DrainWorkerResponse(_message.Message):
+    """The worker has agreed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def worker(self) -> _types_pb2.Worker:
+        """Its record."""
+
+    def __init__(
+        self,
+        *,
+        worker: _types_pb2.Worker | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainWorkerResponse: _TypeAlias = DrainWorkerResponse  # noqa: Y015
+
+@_typing.final
+class AbortRoomRequest(_message.Message):
+    """Names a room to abort."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROOM_ID_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    room_id: _builtins.str
+    """The room."""
+    message: _builtins.str
+    """Why, in a sentence; shown to the client. Empty: "an operator aborted the room"."""
+    def __init__(
+        self,
+        *,
+        room_id: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "room_id", b"room_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AbortRoomRequest: _TypeAlias = AbortRoomRequest  # noqa: Y015
+
+@_typing.final
+class AbortRoomResponse(_message.Message):
+    """The room has ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROOM_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def room(self) -> _types_pb2.Room:
         """Its record."""
@@ -1039,4 +1992,133 @@ class GetRoomResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetRoomResponse: _TypeAlias = GetRoomResponse  # noqa: Y015
+Global___AbortRoomResponse: _TypeAlias = AbortRoomResponse  # noqa: Y015
+
+@_typing.final
+class SetWorkerRoleRequest(_message.Message):
+    """Names a worker and its new role."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """The worker."""
+    role: _types_pb2.WorkerRole.ValueType
+    """What it shall do."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        role: _types_pb2.WorkerRole.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetWorkerRoleRequest: _TypeAlias = SetWorkerRoleRequest  # noqa: Y015
+
+@_typing.final
+class SetWorkerRoleResponse(_message.Message):
+    """The worker's role has changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def worker(self) -> _types_pb2.Worker:
+        """Its record."""
+
+    def __init__(
+        self,
+        *,
+        worker: _types_pb2.Worker | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetWorkerRoleResponse: _TypeAlias = SetWorkerRoleResponse  # noqa: Y015
+
+@_typing.final
+class ListReplicasRequest(_message.Message):
+    """Asks for the replicas."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListReplicasRequest: _TypeAlias = ListReplicasRequest  # noqa: Y015
+
+@_typing.final
+class ListReplicasResponse(_message.Message):
+    """The replicas."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    shards: _builtins.int
+    """Number of shards there are; a room's shard is the last part of its id, in hexadecimal."""
+    replica_id: _builtins.str
+    """The replica that answers."""
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaStatus]:
+        """By id, each with what it owns."""
+
+    def __init__(
+        self,
+        *,
+        replicas: _abc.Iterable[Global___ReplicaStatus] | None = ...,
+        shards: _builtins.int = ...,
+        replica_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica_id", b"replica_id", "replicas", b"replicas", "shards", b"shards"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListReplicasResponse: _TypeAlias = ListReplicasResponse  # noqa: Y015
+
+@_typing.final
+class ReplicaStatus(_message.Message):
+    """A replica and what it owns."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    OWNED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def replica(self) -> Global___Replica:
+        """The replica."""
+
+    @_builtins.property
+    def owned(self) -> _containers.RepeatedCompositeFieldContainer[Global___OwnedShard]:
+        """Its shards."""
+
+    def __init__(
+        self,
+        *,
+        replica: Global___Replica | None = ...,
+        owned: _abc.Iterable[Global___OwnedShard] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["owned", b"owned", "replica", b"replica"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaStatus: _TypeAlias = ReplicaStatus  # noqa: Y015

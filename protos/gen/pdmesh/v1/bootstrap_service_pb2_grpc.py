@@ -60,6 +60,41 @@ class BootstrapServiceStub(object):
                 request_serializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.GetRoomRequest.SerializeToString,
                 response_deserializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.GetRoomResponse.FromString,
                 _registered_method=True)
+        self.WatchRooms = channel.unary_stream(
+                '/pdmesh.v1.BootstrapService/WatchRooms',
+                request_serializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.WatchRoomsRequest.SerializeToString,
+                response_deserializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.WatchRoomsResponse.FromString,
+                _registered_method=True)
+        self.GetLedger = channel.unary_unary(
+                '/pdmesh.v1.BootstrapService/GetLedger',
+                request_serializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.GetLedgerRequest.SerializeToString,
+                response_deserializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.GetLedgerResponse.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/pdmesh.v1.BootstrapService/Explain',
+                request_serializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.ExplainResponse.FromString,
+                _registered_method=True)
+        self.DrainWorker = channel.unary_unary(
+                '/pdmesh.v1.BootstrapService/DrainWorker',
+                request_serializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.DrainWorkerRequest.SerializeToString,
+                response_deserializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.DrainWorkerResponse.FromString,
+                _registered_method=True)
+        self.AbortRoom = channel.unary_unary(
+                '/pdmesh.v1.BootstrapService/AbortRoom',
+                request_serializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.AbortRoomRequest.SerializeToString,
+                response_deserializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.AbortRoomResponse.FromString,
+                _registered_method=True)
+        self.ListReplicas = channel.unary_unary(
+                '/pdmesh.v1.BootstrapService/ListReplicas',
+                request_serializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.ListReplicasRequest.SerializeToString,
+                response_deserializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.ListReplicasResponse.FromString,
+                _registered_method=True)
+        self.SetWorkerRole = channel.unary_unary(
+                '/pdmesh.v1.BootstrapService/SetWorkerRole',
+                request_serializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.SetWorkerRoleRequest.SerializeToString,
+                response_deserializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.SetWorkerRoleResponse.FromString,
+                _registered_method=True)
 
 
 class BootstrapServiceServicer(object):
@@ -97,7 +132,59 @@ class BootstrapServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetRoom(self, request, context):
-        """Gets one room. Deadline: a second suffices. Safe to repeat.
+        """Gets one room with its timeline. Deadline: a second suffices. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchRooms(self, request, context):
+        """Tells every change of rooms from now on, until the caller leaves. A caller that does not read is cut off with
+        OVERLOADED. No deadline.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLedger(self, request, context):
+        """Tells every worker's pages by state, as it last told them. Deadline: a second suffices. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """Tells what became of a request or a room, and why, in a sentence. Deadline: a second suffices. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainWorker(self, request, context):
+        """Tells a worker to take nothing new, to finish what it has, and to leave; answers once the worker has agreed.
+        Deadline: ten seconds suffice. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AbortRoom(self, request, context):
+        """Ends a room that has not ended as FAILED (ABORTED). Deadline: a second suffices. Repeated, it is refused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListReplicas(self, request, context):
+        """Tells the replicas of bootstrap and what each owns. Deadline: a second suffices. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetWorkerRole(self, request, context):
+        """Changes what a worker does. Not implemented: it answers UNIMPLEMENTED and says what to do instead.
+        Deadline: a second suffices. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -130,6 +217,41 @@ def add_BootstrapServiceServicer_to_server(servicer, server):
                     servicer.GetRoom,
                     request_deserializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.GetRoomRequest.FromString,
                     response_serializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.GetRoomResponse.SerializeToString,
+            ),
+            'WatchRooms': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchRooms,
+                    request_deserializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.WatchRoomsRequest.FromString,
+                    response_serializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.WatchRoomsResponse.SerializeToString,
+            ),
+            'GetLedger': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLedger,
+                    request_deserializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.GetLedgerRequest.FromString,
+                    response_serializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.GetLedgerResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.ExplainRequest.FromString,
+                    response_serializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.ExplainResponse.SerializeToString,
+            ),
+            'DrainWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainWorker,
+                    request_deserializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.DrainWorkerRequest.FromString,
+                    response_serializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.DrainWorkerResponse.SerializeToString,
+            ),
+            'AbortRoom': grpc.unary_unary_rpc_method_handler(
+                    servicer.AbortRoom,
+                    request_deserializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.AbortRoomRequest.FromString,
+                    response_serializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.AbortRoomResponse.SerializeToString,
+            ),
+            'ListReplicas': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListReplicas,
+                    request_deserializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.ListReplicasRequest.FromString,
+                    response_serializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.ListReplicasResponse.SerializeToString,
+            ),
+            'SetWorkerRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetWorkerRole,
+                    request_deserializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.SetWorkerRoleRequest.FromString,
+                    response_serializer=pdmesh_dot_v1_dot_bootstrap__service__pb2.SetWorkerRoleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -268,6 +390,195 @@ class BootstrapService(object):
             '/pdmesh.v1.BootstrapService/GetRoom',
             pdmesh_dot_v1_dot_bootstrap__service__pb2.GetRoomRequest.SerializeToString,
             pdmesh_dot_v1_dot_bootstrap__service__pb2.GetRoomResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchRooms(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pdmesh.v1.BootstrapService/WatchRooms',
+            pdmesh_dot_v1_dot_bootstrap__service__pb2.WatchRoomsRequest.SerializeToString,
+            pdmesh_dot_v1_dot_bootstrap__service__pb2.WatchRoomsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLedger(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdmesh.v1.BootstrapService/GetLedger',
+            pdmesh_dot_v1_dot_bootstrap__service__pb2.GetLedgerRequest.SerializeToString,
+            pdmesh_dot_v1_dot_bootstrap__service__pb2.GetLedgerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdmesh.v1.BootstrapService/Explain',
+            pdmesh_dot_v1_dot_bootstrap__service__pb2.ExplainRequest.SerializeToString,
+            pdmesh_dot_v1_dot_bootstrap__service__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdmesh.v1.BootstrapService/DrainWorker',
+            pdmesh_dot_v1_dot_bootstrap__service__pb2.DrainWorkerRequest.SerializeToString,
+            pdmesh_dot_v1_dot_bootstrap__service__pb2.DrainWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AbortRoom(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdmesh.v1.BootstrapService/AbortRoom',
+            pdmesh_dot_v1_dot_bootstrap__service__pb2.AbortRoomRequest.SerializeToString,
+            pdmesh_dot_v1_dot_bootstrap__service__pb2.AbortRoomResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListReplicas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdmesh.v1.BootstrapService/ListReplicas',
+            pdmesh_dot_v1_dot_bootstrap__service__pb2.ListReplicasRequest.SerializeToString,
+            pdmesh_dot_v1_dot_bootstrap__service__pb2.ListReplicasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetWorkerRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdmesh.v1.BootstrapService/SetWorkerRole',
+            pdmesh_dot_v1_dot_bootstrap__service__pb2.SetWorkerRoleRequest.SerializeToString,
+            pdmesh_dot_v1_dot_bootstrap__service__pb2.SetWorkerRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,7 +46,27 @@ class BootstrapServiceStub:
     ListRooms: _grpc.UnaryUnaryMultiCallable[_bootstrap_service_pb2.ListRoomsRequest, _bootstrap_service_pb2.ListRoomsResponse]
     """Lists rooms, newest first. Deadline: a second suffices. Safe to repeat."""
     GetRoom: _grpc.UnaryUnaryMultiCallable[_bootstrap_service_pb2.GetRoomRequest, _bootstrap_service_pb2.GetRoomResponse]
-    """Gets one room. Deadline: a second suffices. Safe to repeat."""
+    """Gets one room with its timeline. Deadline: a second suffices. Safe to repeat."""
+    WatchRooms: _grpc.UnaryStreamMultiCallable[_bootstrap_service_pb2.WatchRoomsRequest, _bootstrap_service_pb2.WatchRoomsResponse]
+    """Tells every change of rooms from now on, until the caller leaves. A caller that does not read is cut off with
+    OVERLOADED. No deadline.
+    """
+    GetLedger: _grpc.UnaryUnaryMultiCallable[_bootstrap_service_pb2.GetLedgerRequest, _bootstrap_service_pb2.GetLedgerResponse]
+    """Tells every worker's pages by state, as it last told them. Deadline: a second suffices. Safe to repeat."""
+    Explain: _grpc.UnaryUnaryMultiCallable[_bootstrap_service_pb2.ExplainRequest, _bootstrap_service_pb2.ExplainResponse]
+    """Tells what became of a request or a room, and why, in a sentence. Deadline: a second suffices. Safe to repeat."""
+    DrainWorker: _grpc.UnaryUnaryMultiCallable[_bootstrap_service_pb2.DrainWorkerRequest, _bootstrap_service_pb2.DrainWorkerResponse]
+    """Tells a worker to take nothing new, to finish what it has, and to leave; answers once the worker has agreed.
+    Deadline: ten seconds suffice. Safe to repeat.
+    """
+    AbortRoom: _grpc.UnaryUnaryMultiCallable[_bootstrap_service_pb2.AbortRoomRequest, _bootstrap_service_pb2.AbortRoomResponse]
+    """Ends a room that has not ended as FAILED (ABORTED). Deadline: a second suffices. Repeated, it is refused."""
+    ListReplicas: _grpc.UnaryUnaryMultiCallable[_bootstrap_service_pb2.ListReplicasRequest, _bootstrap_service_pb2.ListReplicasResponse]
+    """Tells the replicas of bootstrap and what each owns. Deadline: a second suffices. Safe to repeat."""
+    SetWorkerRole: _grpc.UnaryUnaryMultiCallable[_bootstrap_service_pb2.SetWorkerRoleRequest, _bootstrap_service_pb2.SetWorkerRoleResponse]
+    """Changes what a worker does. Not implemented: it answers UNIMPLEMENTED and says what to do instead.
+    Deadline: a second suffices. Safe to repeat.
+    """
 
 @_typing.type_check_only
 class BootstrapServiceAsyncStub(BootstrapServiceStub):
@@ -66,7 +86,27 @@ class BootstrapServiceAsyncStub(BootstrapServiceStub):
     ListRooms: _aio.UnaryUnaryMultiCallable[_bootstrap_service_pb2.ListRoomsRequest, _bootstrap_service_pb2.ListRoomsResponse]  # type: ignore[assignment]
     """Lists rooms, newest first. Deadline: a second suffices. Safe to repeat."""
     GetRoom: _aio.UnaryUnaryMultiCallable[_bootstrap_service_pb2.GetRoomRequest, _bootstrap_service_pb2.GetRoomResponse]  # type: ignore[assignment]
-    """Gets one room. Deadline: a second suffices. Safe to repeat."""
+    """Gets one room with its timeline. Deadline: a second suffices. Safe to repeat."""
+    WatchRooms: _aio.UnaryStreamMultiCallable[_bootstrap_service_pb2.WatchRoomsRequest, _bootstrap_service_pb2.WatchRoomsResponse]  # type: ignore[assignment]
+    """Tells every change of rooms from now on, until the caller leaves. A caller that does not read is cut off with
+    OVERLOADED. No deadline.
+    """
+    GetLedger: _aio.UnaryUnaryMultiCallable[_bootstrap_service_pb2.GetLedgerRequest, _bootstrap_service_pb2.GetLedgerResponse]  # type: ignore[assignment]
+    """Tells every worker's pages by state, as it last told them. Deadline: a second suffices. Safe to repeat."""
+    Explain: _aio.UnaryUnaryMultiCallable[_bootstrap_service_pb2.ExplainRequest, _bootstrap_service_pb2.ExplainResponse]  # type: ignore[assignment]
+    """Tells what became of a request or a room, and why, in a sentence. Deadline: a second suffices. Safe to repeat."""
+    DrainWorker: _aio.UnaryUnaryMultiCallable[_bootstrap_service_pb2.DrainWorkerRequest, _bootstrap_service_pb2.DrainWorkerResponse]  # type: ignore[assignment]
+    """Tells a worker to take nothing new, to finish what it has, and to leave; answers once the worker has agreed.
+    Deadline: ten seconds suffice. Safe to repeat.
+    """
+    AbortRoom: _aio.UnaryUnaryMultiCallable[_bootstrap_service_pb2.AbortRoomRequest, _bootstrap_service_pb2.AbortRoomResponse]  # type: ignore[assignment]
+    """Ends a room that has not ended as FAILED (ABORTED). Deadline: a second suffices. Repeated, it is refused."""
+    ListReplicas: _aio.UnaryUnaryMultiCallable[_bootstrap_service_pb2.ListReplicasRequest, _bootstrap_service_pb2.ListReplicasResponse]  # type: ignore[assignment]
+    """Tells the replicas of bootstrap and what each owns. Deadline: a second suffices. Safe to repeat."""
+    SetWorkerRole: _aio.UnaryUnaryMultiCallable[_bootstrap_service_pb2.SetWorkerRoleRequest, _bootstrap_service_pb2.SetWorkerRoleResponse]  # type: ignore[assignment]
+    """Changes what a worker does. Not implemented: it answers UNIMPLEMENTED and says what to do instead.
+    Deadline: a second suffices. Safe to repeat.
+    """
 
 class BootstrapServiceServicer(metaclass=_abc_1.ABCMeta):
     """The one authority over rooms."""
@@ -113,6 +153,68 @@ class BootstrapServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _bootstrap_service_pb2.GetRoomRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_bootstrap_service_pb2.GetRoomResponse, _abc.Awaitable[_bootstrap_service_pb2.GetRoomResponse]]:
-        """Gets one room. Deadline: a second suffices. Safe to repeat."""
+        """Gets one room with its timeline. Deadline: a second suffices. Safe to repeat."""
+
+    @_abc_1.abstractmethod
+    def WatchRooms(
+        self,
+        request: _bootstrap_service_pb2.WatchRoomsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_bootstrap_service_pb2.WatchRoomsResponse], _abc.AsyncIterator[_bootstrap_service_pb2.WatchRoomsResponse]]:
+        """Tells every change of rooms from now on, until the caller leaves. A caller that does not read is cut off with
+        OVERLOADED. No deadline.
+        """
+
+    @_abc_1.abstractmethod
+    def GetLedger(
+        self,
+        request: _bootstrap_service_pb2.GetLedgerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_bootstrap_service_pb2.GetLedgerResponse, _abc.Awaitable[_bootstrap_service_pb2.GetLedgerResponse]]:
+        """Tells every worker's pages by state, as it last told them. Deadline: a second suffices. Safe to repeat."""
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _bootstrap_service_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_bootstrap_service_pb2.ExplainResponse, _abc.Awaitable[_bootstrap_service_pb2.ExplainResponse]]:
+        """Tells what became of a request or a room, and why, in a sentence. Deadline: a second suffices. Safe to repeat."""
+
+    @_abc_1.abstractmethod
+    def DrainWorker(
+        self,
+        request: _bootstrap_service_pb2.DrainWorkerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_bootstrap_service_pb2.DrainWorkerResponse, _abc.Awaitable[_bootstrap_service_pb2.DrainWorkerResponse]]:
+        """Tells a worker to take nothing new, to finish what it has, and to leave; answers once the worker has agreed.
+        Deadline: ten seconds suffice. Safe to repeat.
+        """
+
+    @_abc_1.abstractmethod
+    def AbortRoom(
+        self,
+        request: _bootstrap_service_pb2.AbortRoomRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_bootstrap_service_pb2.AbortRoomResponse, _abc.Awaitable[_bootstrap_service_pb2.AbortRoomResponse]]:
+        """Ends a room that has not ended as FAILED (ABORTED). Deadline: a second suffices. Repeated, it is refused."""
+
+    @_abc_1.abstractmethod
+    def ListReplicas(
+        self,
+        request: _bootstrap_service_pb2.ListReplicasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_bootstrap_service_pb2.ListReplicasResponse, _abc.Awaitable[_bootstrap_service_pb2.ListReplicasResponse]]:
+        """Tells the replicas of bootstrap and what each owns. Deadline: a second suffices. Safe to repeat."""
+
+    @_abc_1.abstractmethod
+    def SetWorkerRole(
+        self,
+        request: _bootstrap_service_pb2.SetWorkerRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_bootstrap_service_pb2.SetWorkerRoleResponse, _abc.Awaitable[_bootstrap_service_pb2.SetWorkerRoleResponse]]:
+        """Changes what a worker does. Not implemented: it answers UNIMPLEMENTED and says what to do instead.
+        Deadline: a second suffices. Safe to repeat.
+        """
 
 def add_BootstrapServiceServicer_to_server(servicer: BootstrapServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -87,6 +87,7 @@ class DecodeStart(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     PROMPT_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    OUTPUT_IDS_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """Number of the sequence, chosen by the router, unique in this session."""
     request_id: _builtins.str
@@ -103,6 +104,12 @@ class DecodeStart(_message.Message):
     def sampling(self) -> _types_pb2.SamplingParams:
         """How tokens are chosen; the seed is set."""
 
+    @_builtins.property
+    def output_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """What an earlier attempt generated already: positions, limits and penalties count it, and offsets go on from
+        it.
+        """
+
     def __init__(
         self,
         *,
@@ -111,10 +118,11 @@ class DecodeStart(_message.Message):
         request_id: _builtins.str = ...,
         prompt_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: _types_pb2.SamplingParams | None = ...,
+        output_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "sequence_id", b"sequence_id", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["output_ids", b"output_ids", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "sequence_id", b"sequence_id", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -168,15 +176,17 @@ Global___DecodeServiceSessionResponse: _TypeAlias = DecodeServiceSessionResponse
 
 @_typing.final
 class DecodeEvent(_message.Message):
-    """News of one sequence."""
+    """News of one sequence, or of the worker."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    RETRACTED_FIELD_NUMBER: _builtins.int
+    CREDIT_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
-    """Its number."""
+    """Its number; 0 for news of the worker."""
     @_builtins.property
     def tokens(self) -> Global___SequenceTokens:
         """New tokens, and perhaps the end."""
@@ -185,22 +195,77 @@ class DecodeEvent(_message.Message):
     def failed(self) -> _prefill_service_pb2.SequenceFailed:
         """Failed."""
 
+    @_builtins.property
+    def retracted(self) -> Global___SequenceRetracted:
+        """Gave its pages back so that others may grow. It can go on in a new attempt, with the tokens it has."""
+
+    @_builtins.property
+    def credit(self) -> Global___CreditUpdate:
+        """What the worker can still promise."""
+
     def __init__(
         self,
         *,
         sequence_id: _builtins.int = ...,
         tokens: Global___SequenceTokens | None = ...,
         failed: _prefill_service_pb2.SequenceFailed | None = ...,
+        retracted: Global___SequenceRetracted | None = ...,
+        credit: Global___CreditUpdate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failed", b"failed", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "event", b"event", "failed", b"failed", "retracted", b"retracted", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failed", b"failed", "sequence_id", b"sequence_id", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "event", b"event", "failed", b"failed", "retracted", b"retracted", "sequence_id", b"sequence_id", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["tokens", "failed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["tokens", "failed", "retracted", "credit"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___DecodeEvent: _TypeAlias = DecodeEvent  # noqa: Y015
+
+@_typing.final
+class SequenceRetracted(_message.Message):
+    """A sequence ended here without finishing; all of its tokens were told before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SequenceRetracted: _TypeAlias = SequenceRetracted  # noqa: Y015
+
+@_typing.final
+class CreditUpdate(_message.Message):
+    """Credit at this moment. The first event of a session, then told whenever it changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CREDIT_FIELD_NUMBER: _builtins.int
+    LAST_START_FIELD_NUMBER: _builtins.int
+    last_start: _builtins.int
+    """Highest number of this session's sequences that it reflects: later ones are still to be taken off."""
+    @_builtins.property
+    def credit(self) -> _types_pb2.Credit:
+        """What may be promised, to all routers together."""
+
+    def __init__(
+        self,
+        *,
+        credit: _types_pb2.Credit | None = ...,
+        last_start: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "last_start", b"last_start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreditUpdate: _TypeAlias = CreditUpdate  # noqa: Y015
 
 @_typing.final
 class SequenceTokens(_message.Message):

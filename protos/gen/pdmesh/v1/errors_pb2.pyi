@@ -80,6 +80,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Settings do not fit each other or this machine."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 28
     """A defect in the mesh itself."""
+    ERROR_REASON_UNIMPLEMENTED: _ErrorReason.ValueType  # 29
+    """The call exists, but does nothing yet."""
+    ERROR_REASON_NOT_OWNER: _ErrorReason.ValueType  # 30
+    """Another replica of bootstrap owns the room's shard, or none does yet."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused or a request failed."""
@@ -142,4 +146,8 @@ ERROR_REASON_BAD_CONFIG: ErrorReason.ValueType  # 27
 """Settings do not fit each other or this machine."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 28
 """A defect in the mesh itself."""
+ERROR_REASON_UNIMPLEMENTED: ErrorReason.ValueType  # 29
+"""The call exists, but does nothing yet."""
+ERROR_REASON_NOT_OWNER: ErrorReason.ValueType  # 30
+"""Another replica of bootstrap owns the room's shard, or none does yet."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -513,15 +513,23 @@ class WorkerLoad(_message.Message):
     WAITING_FIELD_NUMBER: _builtins.int
     WAITING_TOKENS_FIELD_NUMBER: _builtins.int
     LEDGER_FIELD_NUMBER: _builtins.int
+    CREDIT_FIELD_NUMBER: _builtins.int
+    RETRACTED_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Sequences in the running batch."""
     waiting: _builtins.int
     """Sequences that wait for a slot, pages or a hand-over."""
     waiting_tokens: _builtins.int
     """Tokens of prompts not yet computed."""
+    retracted: _builtins.int
+    """Sequences that had to give their pages back since the worker's start."""
     @_builtins.property
     def ledger(self) -> Global___Ledger:
         """Pages of the pool, by ledger state."""
+
+    @_builtins.property
+    def credit(self) -> Global___Credit:
+        """What may still be promised there; absent for a prefill worker."""
 
     def __init__(
         self,
@@ -530,14 +538,52 @@ class WorkerLoad(_message.Message):
         waiting: _builtins.int = ...,
         waiting_tokens: _builtins.int = ...,
         ledger: Global___Ledger | None = ...,
+        credit: Global___Credit | None = ...,
+        retracted: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "ledger", b"ledger"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "ledger", b"ledger", "retracted", b"retracted", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerLoad: _TypeAlias = WorkerLoad  # noqa: Y015
+
+@_typing.final
+class Credit(_message.Message):
+    """What a decode or unified worker can still promise."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGES_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    LIMIT_PAGES_FIELD_NUMBER: _builtins.int
+    RESERVED_TOKENS_FIELD_NUMBER: _builtins.int
+    pages: _builtins.int
+    """Pages below the high-water mark that nobody holds, was promised or may soon grow into. Negative when sequences
+    grew beyond what was counted for them.
+    """
+    sequences: _builtins.int
+    """Places in the running batch that nobody has or waits for."""
+    limit_pages: _builtins.int
+    """The high-water mark, in pages."""
+    reserved_tokens: _builtins.int
+    """Growth that is counted for each sequence, in tokens, at most; more than is configured after a retraction."""
+    def __init__(
+        self,
+        *,
+        pages: _builtins.int = ...,
+        sequences: _builtins.int = ...,
+        limit_pages: _builtins.int = ...,
+        reserved_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit_pages", b"limit_pages", "pages", b"pages", "reserved_tokens", b"reserved_tokens", "sequences", b"sequences"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Credit: _TypeAlias = Credit  # noqa: Y015
 
 @_typing.final
 class Ledger(_message.Message):
@@ -594,6 +640,7 @@ class Worker(_message.Message):
     MAX_RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     REGISTERED_AT_FIELD_NUMBER: _builtins.int
+    POOL_PAGES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Unique name, kept over restarts of the same worker when it is configured."""
     epoch: _builtins.int
@@ -606,6 +653,8 @@ class Worker(_message.Message):
     """host:port of its gRPC server."""
     max_running_requests: _builtins.int
     """Sequences it runs at once."""
+    pool_pages: _builtins.int
+    """Pages of its KV pool."""
     @_builtins.property
     def model(self) -> Global___ModelInfo:
         """What it serves."""
@@ -640,10 +689,11 @@ class Worker(_message.Message):
         max_running_requests: _builtins.int = ...,
         load: Global___WorkerLoad | None = ...,
         registered_at: _timestamp_pb2.Timestamp | None = ...,
+        pool_pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_layout", b"kv_layout", "load", b"load", "model", b"model", "registered_at", b"registered_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "endpoints", b"endpoints", "epoch", b"epoch", "kv_layout", b"kv_layout", "load", b"load", "max_running_requests", b"max_running_requests", "model", b"model", "registered_at", b"registered_at", "role", b"role", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "endpoints", b"endpoints", "epoch", b"epoch", "kv_layout", b"kv_layout", "load", b"load", "max_running_requests", b"max_running_requests", "model", b"model", "pool_pages", b"pool_pages", "registered_at", b"registered_at", "role", b"role", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -780,6 +830,13 @@ class Room(_message.Message):
     OPENED_AT_FIELD_NUMBER: _builtins.int
     CHANGED_AT_FIELD_NUMBER: _builtins.int
     RESERVATION_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
+    ADMISSION_DEADLINE_FIELD_NUMBER: _builtins.int
+    REQUEST_DEADLINE_FIELD_NUMBER: _builtins.int
+    QUARANTINED_FIELD_NUMBER: _builtins.int
+    WRITER_FIELD_NUMBER: _builtins.int
+    DECODE_LOST_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request it serves."""
     index: _builtins.int
@@ -794,6 +851,14 @@ class Room(_message.Message):
     """For FAILED: why, as an ErrorReason name."""
     message: _builtins.str
     """For FAILED: why, in a sentence."""
+    prompt_tokens: _builtins.int
+    """Tokens of the prompt."""
+    max_new_tokens: _builtins.int
+    """Most tokens to generate."""
+    quarantined: _builtins.bool
+    """True while prefill may still write to the pages of a room that failed."""
+    decode_lost: _builtins.bool
+    """Decode's worker was lost while the room was quarantined, or failed by it."""
     @_builtins.property
     def ticket(self) -> Global___Ticket:
         """Its ticket."""
@@ -810,6 +875,18 @@ class Room(_message.Message):
     def reservation(self) -> Global___Reservation:
         """Pages that decode granted; absent before."""
 
+    @_builtins.property
+    def admission_deadline(self) -> _timestamp_pb2.Timestamp:
+        """Until when decode must have granted pages for the request to be admitted; absent: no such limit."""
+
+    @_builtins.property
+    def request_deadline(self) -> _timestamp_pb2.Timestamp:
+        """When the request is no longer wanted; absent: never."""
+
+    @_builtins.property
+    def writer(self) -> Global___Writer:
+        """Prefill's worker was lost before it was quiet: what decode has to fence off."""
+
     def __init__(
         self,
         *,
@@ -824,11 +901,46 @@ class Room(_message.Message):
         opened_at: _timestamp_pb2.Timestamp | None = ...,
         changed_at: _timestamp_pb2.Timestamp | None = ...,
         reservation: Global___Reservation | None = ...,
+        prompt_tokens: _builtins.int = ...,
+        max_new_tokens: _builtins.int = ...,
+        admission_deadline: _timestamp_pb2.Timestamp | None = ...,
+        request_deadline: _timestamp_pb2.Timestamp | None = ...,
+        quarantined: _builtins.bool = ...,
+        writer: Global___Writer | None = ...,
+        decode_lost: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["changed_at", b"changed_at", "opened_at", b"opened_at", "reservation", b"reservation", "ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admission_deadline", b"admission_deadline", "changed_at", b"changed_at", "opened_at", b"opened_at", "request_deadline", b"request_deadline", "reservation", b"reservation", "ticket", b"ticket", "writer", b"writer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_at", b"changed_at", "decode_worker_id", b"decode_worker_id", "index", b"index", "message", b"message", "opened_at", b"opened_at", "prefill_worker_id", b"prefill_worker_id", "reason", b"reason", "request_id", b"request_id", "reservation", b"reservation", "state", b"state", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission_deadline", b"admission_deadline", "changed_at", b"changed_at", "decode_lost", b"decode_lost", "decode_worker_id", b"decode_worker_id", "index", b"index", "max_new_tokens", b"max_new_tokens", "message", b"message", "opened_at", b"opened_at", "prefill_worker_id", b"prefill_worker_id", "prompt_tokens", b"prompt_tokens", "quarantined", b"quarantined", "reason", b"reason", "request_deadline", b"request_deadline", "request_id", b"request_id", "reservation", b"reservation", "state", b"state", "ticket", b"ticket", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Room: _TypeAlias = Room  # noqa: Y015
+
+@_typing.final
+class Writer(_message.Message):
+    """A life of a worker as those see it who are written to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINTS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Its epoch."""
+    @_builtins.property
+    def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankEndpoint]:
+        """Its transfer endpoints."""
+
+    def __init__(
+        self,
+        *,
+        endpoints: _abc.Iterable[Global___RankEndpoint] | None = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "epoch", b"epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Writer: _TypeAlias = Writer  # noqa: Y015

@@ -1,0 +1,256 @@
+"""Why a room failed or waits, in one sentence for a person at 3 a.m.: who, for how long, and the figures of that time.
+
+Plain functions over a room, its timeline and the ends of workers' lives; nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from common.errors.base import Reason
+from common.mesh.room import Room, State
+from services.bootstrap import timeline
+from services.bootstrap.timeline import Figures, Journal, Kept, Loss, Moment
+
+# A worker that told nothing for so long is named as silent; heartbeats come more often.
+SILENT_S = 1.5
+# How long before its loss is noticed a worker may already have made others fail.
+NOTICE_S = 3.0
+# A request is given up by its client and by bootstrap within so much of its deadline.
+DEADLINE_SLACK_S = 0.1
+
+# What may be but the consequence of a worker's loss.
+FOLLOWS_LOSS = (Reason.WORKER_LOST, Reason.TRANSFER_FAILED, Reason.BOOTSTRAP_UNREACHABLE, Reason.INTERNAL)
+TIMEOUTS = (Reason.BOOTSTRAP_TIMEOUT, Reason.WAITING_TIMEOUT, Reason.TRANSFER_TIMEOUT)
+
+
+@dataclass(frozen=True)
+class Cause:
+    """`reason` is empty when nothing failed; `at` is when it was decided, seconds since 1970."""
+
+    sentence: str
+    reason: str = ""
+    at: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A room with all that is known around it. `pages_for` gives the pages of so many tokens on decode."""
+
+    entry: Kept
+    journal: Journal
+    now: float
+    pages_for: Callable[[int], int]
+    request_reason: str = ""  # with which the router says that the whole request failed
+
+    @property
+    def room(self) -> Room:
+        return self.entry.room
+
+    @property
+    def moments(self) -> list[Moment]:
+        return self.entry.timeline.moments
+
+    def moment_of(self, state: State) -> Moment | None:
+        """When the room entered a state."""
+        return next((m for m in self.moments if m.state is state and m.refusal is None), None)
+
+    def loss(self, since: float, until: float) -> tuple[str, Loss] | None:
+        """The first of the room's workers that was lost in that time."""
+        names = self.room.prefill_worker_id, self.room.decode_worker_id
+        losses = [(name, loss) for name in names if (loss := self.journal.loss_of(name, since, until))]
+        return min(losses, key=lambda entry: entry[1].at, default=None)
+
+
+def explain(scene: Scene) -> Cause:
+    """The first cause of a room's failure or wait, or how it went."""
+    match scene.room.state:
+        case State.FAILED:
+            return failed(scene)
+        case State.SUCCESS:
+            return succeeded(scene)
+    room, now = scene.room, scene.now
+    figures = scene.journal.figures(room.prefill_worker_id), scene.journal.figures(room.decode_worker_id)
+    return Cause(f"Under way for {seconds(now - room.opened_at)}: {waiting(scene, room.state, now, *figures)}.")
+
+
+# ------------------------------------------------------------------------------------------ endings
+
+
+def failed(scene: Scene) -> Cause:
+    room = scene.room
+    end = scene.moment_of(State.FAILED) or Moment(room.changed_at, "", timeline.BOOTSTRAP, room.state, None, None)
+    before = state_before(scene, end)
+    reason = room.reason
+    if reason in FOLLOWS_LOSS and (lost := scene.loss(room.opened_at, end.at + NOTICE_S)):
+        return Cause(loss_words(room, *lost, f"while {phase(room, before)}"), Reason.WORKER_LOST, end.at)
+    wait = waiting(scene, before, end.at, end.prefill, end.decode)
+    if past_deadline(scene, reason, end.at):
+        return Cause(deadline_words(room, wait), Reason.DEADLINE_EXCEEDED, end.at)
+    if reason in TIMEOUTS or end.by == timeline.TIMER:
+        return Cause(f"{capital(wait)}.", reason, end.at)
+    after = f"{seconds(end.at - room.opened_at)} after the room was opened"
+    if reason == Reason.ABORTED:
+        who = {
+            timeline.ROUTER: "The router gave the request up",
+            timeline.OPERATOR: "An operator aborted the room",
+            timeline.BOOTSTRAP: "Bootstrap gave the room up",
+        }.get(end.by, f"{end.by} gave the room up")
+        return Cause(f"{who} {after}, while {phase(room, before)}: {room.message}.", reason, end.at)
+    return Cause(
+        f"{capital(end.by)} gave the room up {after}, while {phase(room, before)}: {room.message}.", reason, end.at
+    )
+
+
+def succeeded(scene: Scene) -> Cause:
+    """The hand-over went well; what came of the sequence is known only if somebody said so."""
+    room, moments = scene.room, scene.moments
+    done = f"The hand-over succeeded in {seconds(room.changed_at - room.opened_at)}"
+    abort = next((m for m in moments if m.event == "Abort" and m.refusal and m.at >= room.changed_at), None)
+    closed = next((m for m in moments if m.event == timeline.CLOSED), None)
+    over = abort or closed
+    generated = f"{room.decode_worker_id} generated"
+    if abort or not closed:
+        until = over.at + NOTICE_S if over else scene.now
+        lost = scene.journal.loss_of(room.decode_worker_id, room.changed_at, until)
+        if lost and (abort is None or abort.reason in FOLLOWS_LOSS):
+            return Cause(
+                loss_words(room, room.decode_worker_id, lost, f"while {generated}"), Reason.WORKER_LOST, lost.at
+            )
+    if abort is None:
+        if closed or scene.entry.timeline.moments[-1:] == [] or moments[-1].event == timeline.RESTORED:
+            return Cause(f"{done}.")
+        return Cause(
+            f"{done} and {room.decode_worker_id} has generated for {seconds(scene.now - room.changed_at)} since."
+        )
+    if past_deadline(scene, abort.reason, abort.at):
+        return Cause(
+            deadline_words(room, f"{generated}{running_words(abort.decode)}"), Reason.DEADLINE_EXCEEDED, abort.at
+        )
+    after = seconds(abort.at - room.changed_at)
+    words = f"{done}, but the router gave the request up {after} later, while {generated}: {abort.message}."
+    return Cause(words, abort.reason, abort.at)
+
+
+# ------------------------------------------------------------------------------------------ words
+
+
+def waiting(scene: Scene, state: State, now: float, prefill: Figures | None, decode: Figures | None) -> str:
+    """What a room in `state` waits for at time `now`, and what its workers were doing then."""
+    room = scene.room
+    entered = scene.moment_of(state)
+    waited = seconds(now - (entered.at if entered else room.opened_at))
+    match state:
+        case State.BOOTSTRAPPING:
+            why = silence(decode, now) or pool_words(scene, decode)
+            return f"{room.decode_worker_id} granted no pages for {waited}: {why}"
+        case State.WAITING_FOR_INPUT:
+            why = silence(prefill, now) or prefill_words(prefill)
+            return (
+                f"{room.prefill_worker_id} began no transfer for {waited} after {room.decode_worker_id} granted "
+                f"{plural(scene.pages_for(room.prompt_tokens), 'page')}: {why}"
+            )
+        case State.TRANSFERRING:
+            silent = [
+                f"{name} was {words}"
+                for name, figures in ((room.prefill_worker_id, prefill), (room.decode_worker_id, decode))
+                if (words := silence(figures, now, "silent"))
+            ]
+            what = f"the transfer from {room.prefill_worker_id} to {room.decode_worker_id} did not end for {waited}"
+            return f"{what}: {' and '.join(silent) or 'both workers were alive; see their logs and the network'}"
+    return f"the room was {state}"
+
+
+def phase(room: Room, state: State) -> str:
+    """What was going on, in a few words."""
+    return {
+        State.BOOTSTRAPPING: f"{room.decode_worker_id} had not yet granted pages",
+        State.WAITING_FOR_INPUT: f"{room.prefill_worker_id} computed the prompt",
+        State.TRANSFERRING: f"pages went from {room.prefill_worker_id} to {room.decode_worker_id}",
+    }.get(state, f"the room was {state}")
+
+
+def pool_words(scene: Scene, decode: Figures | None) -> str:
+    """Why decode granted nothing, from its last load."""
+    if decode is None:
+        return "it is not registered"
+    ledger, load = decode.load.ledger, decode.load
+    total = ledger.free + ledger.reserved + ledger.in_use + ledger.cached + ledger.quarantined
+    if not total:
+        return "it had told no load"
+    others = [
+        f"{pages} {what}"
+        for pages, what in ((ledger.reserved, "reserved for rooms"), (ledger.quarantined, "in quarantine"))
+        if pages
+    ]
+    used = f"{ledger.in_use} of {total} pages were in use by {plural(load.running, 'sequence')}"
+    needed = scene.pages_for(scene.room.prompt_tokens)
+    free = f"{ledger.free} free, {needed} needed"
+    if load.waiting > 1:
+        free += f", {load.waiting} sequences waiting"
+    if ledger.free + ledger.cached >= needed and not load.running and not ledger.reserved:
+        return f"though {ledger.free} of {total} pages were free and nothing ran: was it asked to?"
+    return ", ".join((used, *others, free))
+
+
+def prefill_words(prefill: Figures | None) -> str:
+    """What prefill was busy with, from its last load."""
+    if prefill is None:
+        return "it is not registered"
+    load = prefill.load
+    if not load.running and not load.waiting:
+        return "it was alive and idle"
+    tokens = f" with {load.waiting_tokens} prompt tokens" if load.waiting_tokens else ""
+    return f"it computed {plural(load.running, 'sequence')} and {load.waiting} waited{tokens}"
+
+
+def running_words(decode: Figures | None) -> str:
+    return f" ({plural(decode.load.running, 'sequence')} ran there)" if decode and decode.load.running else ""
+
+
+def silence(figures: Figures | None, now: float, how: str = "") -> str:
+    """For a worker that was not heard from: for how long. Empty when it was."""
+    if figures is None or now - figures.told_at < SILENT_S:
+        return ""
+    for_s = seconds(now - figures.told_at)
+    return f"{how} for {for_s}" if how else f"it had not been heard from for {for_s}"
+
+
+def loss_words(room: Room, worker_id: str, loss: Loss, when: str) -> str:
+    why = loss.message.removeprefix(f"worker {worker_id} is gone: ")
+    return f"{worker_id} is gone, {seconds(loss.at - room.opened_at)} after the room was opened, {when}: {why}."
+
+
+def deadline_words(room: Room, wait: str) -> str:
+    allowed = "" if room.request_deadline is None else f" of {seconds(room.request_deadline - room.opened_at)}"
+    return f"The request's deadline{allowed} passed while {wait}."
+
+
+def past_deadline(scene: Scene, reason: str, at: float) -> bool:
+    """Whether a request was given up because of its deadline, whoever was first to say so."""
+    deadline = scene.room.request_deadline
+    if Reason.DEADLINE_EXCEEDED in (reason, scene.request_reason):
+        return True
+    return reason == Reason.ABORTED and deadline is not None and at >= deadline - DEADLINE_SLACK_S
+
+
+def state_before(scene: Scene, end: Moment) -> State:
+    """The state that the room left at `end`."""
+    earlier = [moment.state for moment in scene.moments if moment.at <= end.at and not moment.state.terminal]
+    return earlier[-1] if earlier else State.BOOTSTRAPPING
+
+
+def seconds(value: float) -> str:
+    """As people read it: 0.012 s, 3.2 s, 300.0 s."""
+    value = max(value, 0.0)
+    return f"{value:.1f} s" if value >= 1 else f"{value:.3f} s"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def capital(text: str) -> str:
+    """Sentences begin with a capital, but a worker's name stays as it is."""
+    return f"{text[:1].upper()}{text[1:]}" if text.startswith(("the ", "router")) else text
