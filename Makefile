@@ -9,7 +9,7 @@ SOAK ?= 10
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up test check format protos bench soak clean
+.PHONY: help setup up test check format protos docs bench soak clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -42,6 +42,9 @@ format: setup ## rewrite the code in its one style
 
 protos: setup ## generate protos/gen from protos/pdmesh
 	@$(BIN)/python protos/generate.py
+
+docs: setup ## write the tables of docs/rooms.md and docs/settings.md from the code
+	@$(BIN)/python docs/generate.py
 
 bench: setup ## list the benchmarks, or run one: BENCH=name ARGS="…"
 ifeq ($(BENCH),)

@@ -72,9 +72,8 @@ async def generate(config: GenerateConfig, request: pb.GenerateRequest) -> None:
         try:
             await asyncio.wait_for(channel.channel_ready(), CONNECT_TIMEOUT_S)
         except TimeoutError:
-            raise MeshError(
-                Reason.NO_WORKER, f"no router answers at {config.router} {'over TLS' if tls else 'in plain text'}"
-            ) from None
+            how = "over TLS" if tls else "in plain text"
+            raise MeshError(Reason.NO_WORKER, f"no router answers at {config.router} {how}") from None
         router: pb_grpc.RouterServiceAsyncStub = pb_grpc.RouterServiceStub(channel)
         try:
             async for response in router.Generate(request, timeout=config.timeout):

@@ -19,7 +19,14 @@ COMMANDS = {
     "decode": "start a decode worker",
     "unified": "start a worker that does both phases",
     "router": "start the front door: OpenAI HTTP and gRPC",
+    "emulate": "start many emulated workers in one process",
     "generate": "ask a running mesh",
+    "workers": "list a running mesh's workers",
+    "rooms": "list its hand-overs",
+    "explain": "tell what became of a request or a room, and why",
+    "top": "show it live",
+    "drain": "take a worker out of service",
+    "abort": "end a hand-over",
     "doctor": "show what this machine has",
 }
 FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130

@@ -159,9 +159,14 @@ def check_pair(cert_flag: str, cert: str, chain: bytes, key_flag: str, key: str)
 
 def trust(context: ssl.SSLContext, pem: bytes, flag_name: str, path: str) -> None:
     try:
-        context.load_verify_locations(cadata=pem.decode("ascii"))
+        context.load_verify_locations(cadata=text(pem))
     except (ssl.SSLError, ValueError):
         raise bad(f"{flag_name}: {path}: holds no certificate in PEM form") from None
+
+
+def text(pem: bytes) -> str:
+    """PEM is ASCII; the comments around it may be anything."""
+    return pem.decode("ascii", "ignore")
 
 
 def rehearse(cert_flag: str, cert: str, key: str, trusted: bytes, *, as_server: bool, as_client: bool) -> float | None:
@@ -175,7 +180,7 @@ def rehearse(cert_flag: str, cert: str, key: str, trusted: bytes, *, as_server: 
     for context, checks in ((server, as_client), (client, as_server)):
         context.verify_mode = ssl.CERT_REQUIRED if checks else ssl.CERT_NONE
         context.load_cert_chain(cert, key)
-        context.load_verify_locations(cadata=trusted.decode("ascii"))
+        context.load_verify_locations(cadata=text(trusted))
         # without authorities of our own the certificate vouches for itself: all but its issuer is checked
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()

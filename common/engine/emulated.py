@@ -103,8 +103,14 @@ class EmulatedRunner:
         return TokenLogprobs(token, logprob, tuple((token_id, logprob) for token_id in top))
 
 
-def build_engine(config: EngineConfig) -> Engine:
+def build_engine(
+    config: EngineConfig,
+    allocate: Callable[[int], memoryview] | None = None,
+    register: Callable[[int, int], None] | None = None,
+) -> Engine:
     """An emulated engine for the checkpoint's configuration; its weights need not be there.
+
+    Its pool has a size, which the transfer backend is told through `register`, but no memory.
 
     Raises:
         MeshError: BAD_CHECKPOINT for a folder without a config.json that is served; BAD_CONFIG for times that
@@ -115,7 +121,10 @@ def build_engine(config: EngineConfig) -> Engine:
     eos_token_ids = read_eos_token_ids(folder, model_config)
     times = load_times(config)
     runner = EmulatedRunner(config, model_config, times, model_path=str(folder), eos_token_ids=eos_token_ids)
-    return Engine(runner, PageAllocator(num_pages(config, runner)), config)
+    pages = num_pages(config, runner)
+    if register is not None:
+        register(0, pages * runner.layout.page_bytes)
+    return Engine(runner, PageAllocator(pages), config)
 
 
 def num_pages(config: EngineConfig, runner: EmulatedRunner) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, count
 
@@ -13,6 +14,7 @@ from common.engine.reserve import Reserve
 from common.engine.scheduler import Limits, Plan, Queue, enqueue, schedule
 from common.errors.base import MeshError, Reason
 from common.kvcache.allocator import PageAllocator
+from common.kvcache.audit import Claim, expand
 from common.kvcache.ledger import PageState
 from common.mesh.credit import Credit, most_pages, promised_pages
 from common.obs.log import get_logger
@@ -114,6 +116,13 @@ class Engine:
             reserved_tokens=self.reserve.tokens,
             page_size=self.limits.page_size,
         )
+
+    def claims(self) -> Iterator[Claim]:
+        """What the free list and the sequences say they have."""
+        yield Claim("the free list", PageState.FREE, expand(self.allocator.free_extents()))
+        for sequence in self._sequences.values():
+            state = PageState.QUARANTINED if sequence.quarantined else PageState.IN_USE
+            yield Claim(f"sequence {sequence.sequence_id} ({sequence.request_id})", state, sequence.pages)
 
     def find(self, sequence_id: int) -> Sequence | None:
         """A sequence that has not ended, or is held."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from common.kvcache.extents import to_extents
+from common.kvcache.extents import Extent, to_extents
 from common.kvcache.ledger import PageLedger, PageState
 
 
@@ -36,6 +36,10 @@ class PageAllocator:
     def num_free(self) -> int:
         """Pages that `allocate` can give."""
         return self.ledger.count(PageState.FREE)
+
+    def free_extents(self) -> Iterable[Extent]:
+        """The pages that `allocate` can give, by its own account."""
+        return self._count_at.items()
 
     def allocate(self, count: int, state: PageState = PageState.IN_USE, *, after: int | None = None) -> list[int]:
         """`count` pages, now in `state`; the run that follows page `after` is taken first, if it is free.

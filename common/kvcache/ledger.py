@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 
+import msgspec
+
 
 class PageState(IntEnum):
     """What a page is used for."""
@@ -37,6 +39,24 @@ class LedgerError(RuntimeError):
     """A page was moved that is not in the state its owner believes it to be in: a bug, such as a double free."""
 
 
+class Audit(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The figures of all audits of a pool so far, and of the last one.
+
+    Attributes:
+        runs: Audits so far.
+        leaked_pages: Pages that nobody claims: nobody will give them back.
+        disputed_pages: Pages that are claimed twice, or are in another state than their owner believes.
+        oldest_quarantine_s: How long the longest of the present quarantines lasts, in seconds.
+        quarantine_page_seconds: Pages in quarantine, summed over time.
+    """
+
+    runs: int = 0
+    leaked_pages: int = 0
+    disputed_pages: int = 0
+    oldest_quarantine_s: float = 0.0
+    quarantine_page_seconds: float = 0.0
+
+
 class PageLedger:
     """State of every page of a pool, and how many pages are in each state. The sum is the pool's size."""
 
@@ -55,6 +75,11 @@ class PageLedger:
     def state(self, page: int) -> PageState:
         """State of one page."""
         return PageState(self._states[page])
+
+    @property
+    def states(self) -> memoryview:
+        """State of every page, a byte each; not to be written to."""
+        return memoryview(self._states).toreadonly()
 
     @property
     def at_rest(self) -> bool:

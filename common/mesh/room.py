@@ -91,6 +91,7 @@ class Room:
     max_new_tokens: int = 0
     state: State = State.BOOTSTRAPPING
     reservation: object = None  # opaque here
+    recovered: bool = False  # from an earlier owner, who may have pushed a reservation that we have not heard of
     quarantined: bool = False
     writer: object = None  # what has to be fenced, once prefill is lost; opaque here
     decode_lost: bool = False
@@ -207,7 +208,15 @@ class Fenced:
     ticket: Ticket
 
 
-Event = Reserved | Transferring | Transferred | RoomFailed | Abort | DeadlinePassed | WorkerLost | Quiet | Fenced
+@dataclass(frozen=True)
+class Held:
+    """A worker that has registered anew still has the room: it may have missed what was said meanwhile."""
+
+    ticket: Ticket
+    which: Party
+
+
+Event = Reserved | Transferring | Transferred | RoomFailed | Abort | DeadlinePassed | WorkerLost | Quiet | Fenced | Held
 
 
 @dataclass(frozen=True)
@@ -251,6 +260,10 @@ def next(room: Room, event: Event, now: float) -> Transition:
             return quiet(room)
         case Fenced():
             return fenced(room)
+        case Held(which=Party.PREFILL):
+            return held_by_prefill(room)
+        case Held():
+            return held_by_decode(room)
 
 
 def reserved(room: Room, event: Reserved, now: float) -> Transition:
@@ -288,7 +301,7 @@ def fail(room: Room, reason: str, message: str, now: float) -> Transition:
         return Transition(room)
     if room.state is State.SUCCESS:
         return wrong_state(room, "failed")
-    pushed = room.reservation is not None
+    pushed = room.reservation is not None or room.recovered
     failed = replace(room, state=State.FAILED, changed_at=now, reason=reason, message=message, quarantined=pushed)
     release = () if pushed else (Effect.RELEASE,)
     return Transition(failed, (Effect.END_PREFILL, Effect.END_DECODE, *release, Effect.END_ROUTER, Effect.PERSIST))
@@ -345,6 +358,31 @@ def fenced(room: Room) -> Transition:
     if not room.quarantined:
         return Transition(room)
     return Transition(replace(room, quarantined=False), (Effect.PERSIST,))
+
+
+def held_by_prefill(room: Room) -> Transition:
+    """It is to say `Quiet` for a room that failed, and is awaited again."""
+    if room.state is State.FAILED:
+        if not room.prefill_lost:
+            return Transition(room, (Effect.END_PREFILL,))
+        return Transition(replace(room, writer=None), (Effect.END_PREFILL, Effect.PERSIST))
+    if room.state in (State.WAITING_FOR_INPUT, State.TRANSFERRING):
+        return Transition(room, (Effect.PUSH_RESERVATION,))
+    return Transition(room)
+
+
+def held_by_decode(room: Room) -> Transition:
+    """It hears how a failed room ended, and what is known of its writer."""
+    if room.state is not State.FAILED:
+        return Transition(room)
+    effects = [Effect.END_DECODE]
+    if not room.quarantined:
+        effects.append(Effect.RELEASE)
+    elif room.prefill_lost:
+        effects.append(Effect.FENCE)
+    if not room.decode_lost:
+        return Transition(room, tuple(effects))
+    return Transition(replace(room, decode_lost=False), (*effects, Effect.PERSIST))
 
 
 def wrong_state(room: Room, event: str, effects: tuple[Effect, ...] = ()) -> Transition:

@@ -20,7 +20,7 @@ from pdmesh.v1 import bootstrap_service_pb2_grpc
 Up = TypeVar("Up")
 Down = TypeVar("Down")
 
-FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 2.0
+FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 1.0
 GOODBYE_S = 1.0
 
 log = get_logger(__name__)
@@ -80,8 +80,12 @@ class Session(ABC, Generic[Up, Down]):
         self._last_error = ""
         log.info("session with bootstrap established", address=self.address)
 
+    async def turn(self) -> None:
+        """Wait until a stream may be opened; for sessions that must not all begin at once."""
+
     async def _run(self) -> None:
         while not self.closing:
+            await self.turn()
             error = await self._converse()
             if self.closing:
                 return

@@ -16,13 +16,13 @@ def shard_of_request(request_id: str, shards: int) -> int:
     return zlib.crc32(request_id.encode()) % shards
 
 
-def room_id(epoch: int, number: int, shard: int) -> str:
+def new_room_id(epoch: int, number: int, shard: int) -> str:
     """A name that no other room bears: an epoch has one owner of the shard, who counts its rooms."""
     return f"{epoch:x}-{number:x}-{shard:x}"
 
 
 def shard_of_room(name: str) -> int:
-    """The shard that `room_id` wrote into the name; -1, which is nobody's, for any other name."""
+    """The shard that `new_room_id` wrote into the name; -1, which is nobody's, for any other name."""
     last = name.rpartition("-")[2]
     return int(last, 16) if last and all(digit in "0123456789abcdef" for digit in last) else -1
 

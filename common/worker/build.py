@@ -1,12 +1,15 @@
-"""From settings to an engine, whichever computes. The engine's module is imported here, and only the one asked for."""
+"""From settings to an engine, whichever computes. Its module is imported when it is first asked for."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 from common.engine.config import EngineConfig
 from common.engine.engine import Engine
 from common.worker.messages import RankReady
+
+ENGINES = {"torch": "common.worker.rank", "emulated": "common.engine.emulated"}
 
 
 def build_engine(
@@ -16,22 +19,11 @@ def build_engine(
 ) -> Engine:
     """The engine of `--engine`; `allocate` and `register` are a transfer backend's, if there is a hand-over.
 
-    An emulated engine's pool has a size, which the backend is told, but no memory.
-
     Raises:
         MeshError: BAD_CHECKPOINT or BAD_CONFIG.
     """
-    if config.engine == "emulated":
-        from common.engine import emulated
-
-        engine = emulated.build_engine(config)
-        if register is not None:
-            register(0, engine.allocator.num_pages * engine.runner.layout.page_bytes)
-        return engine
-    from common.kvcache.pool import allocate_host
-    from common.worker import rank
-
-    return rank.build_engine(config, allocate or allocate_host, register)
+    engine: Engine = importlib.import_module(ENGINES[config.engine]).build_engine(config, allocate, register)
+    return engine
 
 
 def ready_message(rank: int, engine: Engine, backend: str, descriptor: bytes) -> RankReady:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from common.engine.messages import Ledger, Load, Sampling, SequenceFailed, TokenLogprobs, Tokens
 from common.errors.base import STATUS, Reason
+from common.kvcache.ledger import Audit
 from common.mesh.credit import Credit
 from common.mesh.wire import ticket_from, ticket_to
 from common.worker.messages import (
@@ -109,7 +110,7 @@ def ledger_to(ledger: Ledger) -> pb.Ledger:
     )
 
 
-def load_to(load: Load) -> pb.WorkerLoad:
+def load_to(load: Load, audit: Audit) -> pb.WorkerLoad:
     return pb.WorkerLoad(
         running=load.running,
         waiting=load.waiting,
@@ -117,7 +118,19 @@ def load_to(load: Load) -> pb.WorkerLoad:
         ledger=ledger_to(load.ledger),
         credit=credit_to(load.credit) if load.credit else None,
         retracted=load.retracted,
+        audit=audit_to(audit),
     )
+
+
+def audit_to(audit: Audit) -> pb.LedgerAudit:
+    told = pb.LedgerAudit(
+        runs=audit.runs,
+        leaked_pages=audit.leaked_pages,
+        disputed_pages=audit.disputed_pages,
+        quarantine_page_seconds=audit.quarantine_page_seconds,
+    )
+    told.oldest_quarantine.FromNanoseconds(round(audit.oldest_quarantine_s * 1e9))
+    return told
 
 
 def credit_to(credit: Credit) -> pb.Credit:

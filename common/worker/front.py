@@ -19,6 +19,7 @@ from common.config.tls import Credentials
 from common.config.tls import load as load_tls
 from common.engine.messages import Ledger, Load, Retracted, SequenceFailed, Tokens
 from common.errors.base import MeshError, Reason
+from common.kvcache.ledger import Audit
 from common.mesh.credit import Credit
 from common.mesh.wire import ticket_from
 from common.mesh.worker_session import WorkerSession
@@ -26,11 +27,11 @@ from common.obs import log, metrics
 from common.rpc.address import join
 from common.rpc.announce import announce
 from common.rpc.server import Server, Service, make_server
-from common.worker import convert
+from common.worker import audit_metrics, convert
 from common.worker.config import WorkerConfig
 from common.worker.credit import CreditTeller, Throttle
 from common.worker.messages import AbortSequence, FromRank, Prefilled, RankFailed, RankReady, Registered, StartSequence
-from common.worker.ranks import RankProcess
+from common.worker.ranks import RankLink, RankProcess
 from common.worker.sessions import Session, Sessions
 from pdmesh.v1 import bootstrap_service_pb2 as bootstrap_pb
 from pdmesh.v1 import types_pb2 as pb
@@ -74,6 +75,7 @@ class Front(Generic[E]):
         self.sessions = Sessions[E]()
         self._accepting = False
         self._load = Load(0, 0, 0, Ledger(0))
+        self._audit = Audit()
         self._load_teller = Throttle(lambda: self._mesh.heartbeat(), LOAD_INTERVAL_S)
         self._credit_teller = CreditTeller(self.sessions, role.to_credit_event) if role.to_credit_event else None
         self._idle = asyncio.Event()
@@ -83,21 +85,31 @@ class Front(Generic[E]):
         self._drain_timeout_s = config.drain_timeout
         self._tls: Credentials | None = None
         self._server: Server
-        self._rank: RankProcess
+        self._rank: RankLink
         self._mesh: WorkerSession
 
     # ------------------------------------------------------------------------------------ life
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set or the rank is gone. Raises `MeshError` when it cannot start or go on."""
+        host = self.config.host
+        metrics_port, stop_metrics = metrics.serve(host, self.config.metrics.metrics_port)
+        try:
+            await self.serve(
+                stop, lambda address: announce(self.role.name, grpc=address, metrics=join(host, metrics_port))
+            )
+        finally:
+            stop_metrics()
+
+    async def serve(self, stop: asyncio.Event, on_listening: Callable[[str], None] = lambda address: None) -> None:
+        """`run` without the things that a process has once; `on_listening` is told where it listens."""
         config = self.config
         self._stop = stop
         self._tls = load_tls(config.tls)
         self._server = make_server(config.host, config.port, [self.role.make_service(self)], tls=self._tls)
-        metrics_port, stop_metrics = metrics.serve(config.host, config.metrics.metrics_port)
         try:
             await self._server.start()
-            announce(self.role.name, grpc=self._server.address, metrics=join(config.host, metrics_port))
+            on_listening(self._server.address)
             if await self._spawn_rank(stop):
                 self._mesh = self._make_session()
                 reader = asyncio.create_task(self._read_rank(stop))
@@ -108,7 +120,6 @@ class Front(Generic[E]):
                     await reader
         finally:
             await self._server.stop()
-            stop_metrics()
         if self._failure:
             raise self._failure
 
@@ -134,7 +145,7 @@ class Front(Generic[E]):
         return WorkerSession(
             self.config.bootstrap.address,
             lambda: record,
-            lambda: convert.load_to(self._load),
+            lambda: convert.load_to(self._load, self._audit),
             self._on_control,
             on_registered=self._on_registered,
             tls=self._tls,
@@ -261,6 +272,8 @@ class Front(Generic[E]):
             match message:
                 case Tokens() | Prefilled() | Retracted() | SequenceFailed():
                     self._on_sequence(message)
+                case Audit():
+                    self._on_audit(message)
                 case RankReady() | RankFailed():
                     raise TypeError(f"a rank that runs sent {type(message).__name__}")
                 case _:
@@ -290,6 +303,13 @@ class Front(Generic[E]):
         self._load_teller.want()
         if self._credit_teller and load.credit:
             self._credit_teller.update(load.credit, load.last_start)
+
+    def _on_audit(self, audit: Audit) -> None:
+        """Its figures go with the next heartbeat, or at once if something is wrong that was not before."""
+        before, self._audit = self._audit, audit
+        audit_metrics.publish(audit, before)
+        if (audit.leaked_pages, audit.disputed_pages) != (before.leaked_pages, before.disputed_pages):
+            self._load_teller.want()
 
     def _check_idle(self) -> None:
         if not len(self.sessions):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Protocol
 
 import msgspec
@@ -13,6 +14,8 @@ from common.engine.engine import Engine, StepResult
 from common.engine.messages import Load, Retracted, SequenceFailed, Tokens
 from common.engine.request import Sequence
 from common.errors.base import MeshError, Reason
+from common.kvcache.audit import AUDIT_INTERVAL_S, Auditor, Claim
+from common.kvcache.ledger import Audit
 from common.worker.messages import (
     AbortSequence,
     FromRank,
@@ -35,6 +38,7 @@ from common.worker.messages import (
 from common.worker.waker import Waker
 
 PENDING_POLL_MS = 500  # how often deadlines of hand-overs are looked at when nothing else happens
+AUDIT_POLL_MS = round(AUDIT_INTERVAL_S * 1000)
 
 Outgoing = (
     RankReady
@@ -49,6 +53,7 @@ Outgoing = (
     | RoomFailed
     | RoomQuiet
     | RoomFenced
+    | Audit
 )
 Emit = Callable[[Outgoing], None]
 
@@ -88,6 +93,10 @@ class Handover(Protocol):
         """The engine's load, with what waits and what is promised in hand-overs."""
         ...
 
+    def claims(self) -> Iterable[Claim]:
+        """The pages that hand-overs have, beside those of the engine's sequences."""
+        ...
+
     def close(self) -> None:
         """Close the transfer endpoint. The pool stays mapped."""
         ...
@@ -119,6 +128,10 @@ class NoHandover:
         """The engine's: nothing else is here."""
         return engine
 
+    def claims(self) -> Iterable[Claim]:
+        """None."""
+        return ()
+
     def close(self) -> None:
         """Nothing to close."""
 
@@ -132,6 +145,7 @@ class RankTurns:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._auditor = Auditor(engine.allocator.ledger)
         self._handover: Handover = NoHandover()
         self._outbox: list[Outgoing] = []
         self._sent_load: Load | None = None
@@ -189,6 +203,8 @@ class RankTurns:
 
     def _take(self) -> FromRank | None:
         """What is queued for the front, with the load if it changed; None if there is nothing to tell."""
+        if self._auditor.due:
+            self.emit(self._auditor.run(chain(self._engine.claims(), self._handover.claims())))
         load = structs.replace(self._handover.load(self._engine.load()), last_start=self._last_start)
         changed = load if load != self._sent_load else None
         if not self._outbox and not changed:
@@ -201,7 +217,7 @@ class RankTurns:
 class RankLoop(RankTurns):
     """Turns for the front at the other end of `socket`.
 
-    Without work the loop sleeps until the front or a backend's thread has some.
+    Without work the loop sleeps until the front or a backend's thread has some, or the next audit is due.
     """
 
     def __init__(self, socket: zmq.Socket[bytes], engine: Engine, waker: Waker) -> None:
@@ -236,7 +252,7 @@ class RankLoop(RankTurns):
 
     def _receive(self, wait_s: float | None) -> None:
         """Apply what the front sent. Wait for it, or for a call of `Waker.wake`, unless a step is due before."""
-        timeout_ms = PENDING_POLL_MS if self._handover.pending else None
+        timeout_ms = PENDING_POLL_MS if self._handover.pending else AUDIT_POLL_MS
         if wait_s is not None:  # rounded down: the rest is looked for at once
             timeout_ms = min(int(wait_s * 1000), PENDING_POLL_MS)
         ready = {source for source, _ in self._poller.poll(timeout_ms)}

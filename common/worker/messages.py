@@ -10,6 +10,7 @@ import msgspec
 
 from common.engine.messages import Load, Message, Retracted, Sampling, SequenceFailed, Tokens
 from common.kvcache.layout import KvLayout
+from common.kvcache.ledger import Audit
 from common.mesh.ticket import Ticket
 
 # ------------------------------------------------------------------------------------------ shared parts
@@ -171,5 +172,6 @@ class FromRank(msgspec.Struct, frozen=True, array_like=True):
         | RoomFailed
         | RoomQuiet
         | RoomFenced
+        | Audit
     ]
     load: Load | None = None

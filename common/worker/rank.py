@@ -59,13 +59,13 @@ def available_bytes(meminfo: str = "/proc/meminfo", cgroup: str = "/sys/fs/cgrou
 
 def build_engine(
     config: EngineConfig,
-    allocate: Callable[[int], memoryview],
+    allocate: Callable[[int], memoryview] | None = None,
     register: Callable[[int, int], None] | None = None,
 ) -> Engine:
     """Load the model and give it a pool.
 
     On CPU the pool's memory comes from `allocate` (bytes), which a transfer backend provides; it must stay mapped
-    until the engine is no longer used. On CUDA the pool is the device's, and `register` (address, bytes) makes it
+    until the engine is no longer used; without it the pool has memory of its own. On CUDA the pool is the device's, and `register` (address, bytes) makes it
     known to the backend.
 
     Raises:
@@ -74,7 +74,8 @@ def build_engine(
     runner = ModelRunner.load(config)
     num_pages = default_num_pages(config, runner.layout, runner.context_length, runner.device)
     if runner.device.type == "cpu":
-        pool = KvPool(runner.layout, num_pages, buffer=allocate(num_pages * runner.layout.page_bytes))
+        buffer = allocate(num_pages * runner.layout.page_bytes) if allocate else None
+        pool = KvPool(runner.layout, num_pages, buffer=buffer)
     else:
         pool = KvPool(runner.layout, num_pages, device=runner.device)
         if register is not None:

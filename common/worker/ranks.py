@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
+from typing import Protocol
 
 import msgspec
 import zmq
@@ -53,6 +54,22 @@ def rank_environment(
         return dict(environ)
     threads = cpu_threads or max(1, len(os.sched_getaffinity(0)) // sharing)
     return {**environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
+
+
+class RankLink(Protocol):
+    """A front's rank, wherever it runs."""
+
+    ready: RankReady
+
+    def send(self, message: ForRank) -> None:
+        """Send a message; to a rank that has ended it does nothing."""
+
+    def batches(self) -> AsyncIterator[FromRank]:
+        """What the rank says, until it was stopped. Raises `MeshError` if it ended without being told to."""
+        ...
+
+    async def stop(self, timeout_s: float = 10.0) -> None:
+        """End the rank. Idempotent; `batches` ends as well."""
 
 
 class RankProcess:

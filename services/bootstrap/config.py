@@ -43,6 +43,15 @@ class BootstrapConfig:
         "Missed signs of life after which a worker is offline.",
         env=("SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE",),
     )
+    on_store_loss: str = flag(
+        "serve",
+        "What becomes of new requests while the store is away: serve them, or refuse them; running rooms go on.",
+        choices=("serve", "refuse"),
+    )
+    lease_ttl: int = flag(3, "Seconds after which a silent replica's shards are taken over by others (etcd).")
+    advertise_address: str | None = flag(
+        None, "host:port that others reach this replica by (default: where it listens)."
+    )
     room_history: int = flag(10_000, "Closed rooms that are kept for inspection.")
 
     def __post_init__(self) -> None:
@@ -51,6 +60,8 @@ class BootstrapConfig:
                 raise bad(f"--disaggregation-{name.replace('_', '-')}: must be above 0")
         if self.disaggregation_heartbeat_max_failure < 1:
             raise bad("--disaggregation-heartbeat-max-failure: must be at least 1")
+        if self.lease_ttl < 1:
+            raise bad("--lease-ttl: must be at least 1")
         if self.room_history < 0:
             raise bad("--room-history: must not be negative")
         if not 0 <= self.port < 65536:

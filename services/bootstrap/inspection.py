@@ -149,7 +149,14 @@ def among(failed: int, sequences: int) -> str:
 def scene_of(control: ControlPlane, entry: Entry, request_reason: str = "") -> Scene:
     member = control.workers.get(entry.room.decode_worker_id)
     page_size = max(member.record.kv_layout.page_size, 1) if member else 1
-    return Scene(entry, control.journal, control.now(), lambda tokens: -(-tokens // page_size), request_reason)
+    return Scene(
+        entry,
+        control.journal,
+        control.now(),
+        pages_for=lambda tokens: -(-tokens // page_size),
+        silent_after_s=control.workers.silent_after_s,
+        request_reason=request_reason,
+    )
 
 
 def explained(entry: Entry, cause: Cause) -> pb.ExplainedRoom:
@@ -215,3 +222,15 @@ def set_worker_role(control: ControlPlane, request: pb.SetWorkerRoleRequest) -> 
 
 def no_worker(worker_id: str) -> MeshError:
     return MeshError(Reason.NOT_FOUND, f"no worker {worker_id!r}", parameter="worker_id")
+
+
+def list_replicas(control: ControlPlane) -> pb.ListReplicasResponse:
+    """The replicas that are announced, and who owns which shard, as this one last heard."""
+    shards = control.shards
+    response = pb.ListReplicasResponse(shards=shards.count, replica_id=shards.replica_id)
+    for name in sorted(shards.replicas):
+        owned = [shard for shard in shards.known.values() if shard.claim.owner == name]
+        status = response.replicas.add(replica=pb.Replica(replica_id=name, address=shards.replicas[name]))
+        for shard in sorted(owned, key=lambda shard: shard.number):
+            status.owned.add(shard=shard.number, epoch=shard.claim.epoch)
+    return response

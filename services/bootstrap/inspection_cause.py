@@ -13,8 +13,8 @@ from common.mesh.room import Room, State
 from services.bootstrap import timeline
 from services.bootstrap.timeline import Figures, Journal, Kept, Loss, Moment
 
-# A worker that told nothing for so long is named as silent; heartbeats come more often.
-SILENT_S = 1.5
+# Figures that are older are shown with their age.
+RECENT_S = 1.0
 # How long before its loss is noticed a worker may already have made others fail.
 NOTICE_S = 3.0
 # A request is given up by its client and by bootstrap within so much of its deadline.
@@ -42,6 +42,7 @@ class Scene:
     journal: Journal
     now: float
     pages_for: Callable[[int], int]
+    silent_after_s: float = 5.5  # without a heartbeat
     request_reason: str = ""  # with which the router says that the whole request failed
 
     @property
@@ -55,6 +56,12 @@ class Scene:
     def moment_of(self, state: State) -> Moment | None:
         """When the room entered a state."""
         return next((m for m in self.moments if m.state is state and m.refusal is None), None)
+
+    def silence(self, figures: Figures | None, now: float, how: str = "it had not been heard from") -> str:
+        """For a worker that was not heard from: for how long. Empty when it was."""
+        if figures is None or now - figures.told_at < self.silent_after_s:
+            return ""
+        return f"{how} for {seconds(now - figures.told_at)}"
 
     def loss(self, since: float, until: float) -> tuple[str, Loss] | None:
         """The first of the room's workers that was lost in that time."""
@@ -81,6 +88,8 @@ def explain(scene: Scene) -> Cause:
 def failed(scene: Scene) -> Cause:
     room = scene.room
     end = scene.moment_of(State.FAILED) or Moment(room.changed_at, "", timeline.BOOTSTRAP, room.state, None, None)
+    if end.event in ("", timeline.RESTORED):  # what led to it was known to an earlier bootstrap
+        return Cause(f"It had failed before this bootstrap took it over: {room.message}.", room.reason, end.at)
     before = state_before(scene, end)
     reason = room.reason
     if reason in FOLLOWS_LOSS and (lost := scene.loss(room.opened_at, end.at + NOTICE_S)):
@@ -90,17 +99,13 @@ def failed(scene: Scene) -> Cause:
         return Cause(deadline_words(room, wait), Reason.DEADLINE_EXCEEDED, end.at)
     if reason in TIMEOUTS or end.by == timeline.TIMER:
         return Cause(f"{capital(wait)}.", reason, end.at)
-    after = f"{seconds(end.at - room.opened_at)} after the room was opened"
-    if reason == Reason.ABORTED:
-        who = {
-            timeline.ROUTER: "The router gave the request up",
-            timeline.OPERATOR: "An operator aborted the room",
-            timeline.BOOTSTRAP: "Bootstrap gave the room up",
-        }.get(end.by, f"{end.by} gave the room up")
-        return Cause(f"{who} {after}, while {phase(room, before)}: {room.message}.", reason, end.at)
-    return Cause(
-        f"{capital(end.by)} gave the room up {after}, while {phase(room, before)}: {room.message}.", reason, end.at
-    )
+    who = {
+        timeline.ROUTER: "The router gave the request up",
+        timeline.OPERATOR: "An operator aborted the room",
+        timeline.BOOTSTRAP: "Bootstrap gave the room up",
+    }.get(end.by, f"{end.by} gave the room up")
+    after = f"{seconds(end.at - room.opened_at)} after the room was opened, while {phase(room, before)}"
+    return Cause(f"{who} {after}: {room.message}.", reason, end.at)
 
 
 def succeeded(scene: Scene) -> Cause:
@@ -143,10 +148,10 @@ def waiting(scene: Scene, state: State, now: float, prefill: Figures | None, dec
     waited = seconds(now - (entered.at if entered else room.opened_at))
     match state:
         case State.BOOTSTRAPPING:
-            why = silence(decode, now) or pool_words(scene, decode)
+            why = scene.silence(decode, now) or pool_words(scene, decode) + as_of(decode, now)
             return f"{room.decode_worker_id} granted no pages for {waited}: {why}"
         case State.WAITING_FOR_INPUT:
-            why = silence(prefill, now) or prefill_words(prefill)
+            why = scene.silence(prefill, now) or prefill_words(prefill) + as_of(prefill, now)
             return (
                 f"{room.prefill_worker_id} began no transfer for {waited} after {room.decode_worker_id} granted "
                 f"{plural(scene.pages_for(room.prompt_tokens), 'page')}: {why}"
@@ -155,7 +160,7 @@ def waiting(scene: Scene, state: State, now: float, prefill: Figures | None, dec
             silent = [
                 f"{name} was {words}"
                 for name, figures in ((room.prefill_worker_id, prefill), (room.decode_worker_id, decode))
-                if (words := silence(figures, now, "silent"))
+                if (words := scene.silence(figures, now, "silent"))
             ]
             what = f"the transfer from {room.prefill_worker_id} to {room.decode_worker_id} did not end for {waited}"
             return f"{what}: {' and '.join(silent) or 'both workers were alive; see their logs and the network'}"
@@ -209,12 +214,11 @@ def running_words(decode: Figures | None) -> str:
     return f" ({plural(decode.load.running, 'sequence')} ran there)" if decode and decode.load.running else ""
 
 
-def silence(figures: Figures | None, now: float, how: str = "") -> str:
-    """For a worker that was not heard from: for how long. Empty when it was."""
-    if figures is None or now - figures.told_at < SILENT_S:
+def as_of(figures: Figures | None, now: float) -> str:
+    """How old figures are that a heartbeat has yet to renew."""
+    if figures is None or now - figures.told_at < RECENT_S:
         return ""
-    for_s = seconds(now - figures.told_at)
-    return f"{how} for {for_s}" if how else f"it had not been heard from for {for_s}"
+    return f" (as it told {seconds(now - figures.told_at)} before)"
 
 
 def loss_words(room: Room, worker_id: str, loss: Loss, when: str) -> str:
@@ -253,4 +257,4 @@ def plural(count: int, noun: str) -> str:
 
 def capital(text: str) -> str:
     """Sentences begin with a capital, but a worker's name stays as it is."""
-    return f"{text[:1].upper()}{text[1:]}" if text.startswith(("the ", "router")) else text
+    return f"T{text[1:]}" if text.startswith("the ") else text

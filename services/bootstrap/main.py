@@ -18,8 +18,7 @@ from common.rpc.server import Service, make_server
 from pdmesh.v1 import bootstrap_service_pb2_grpc as pb_grpc
 from pdmesh.v1 import types_pb2 as types
 from services.bootstrap.config import BootstrapConfig, BootstrapProcessConfig
-from services.bootstrap.control import ROOM_PREFIX, WORKER_PREFIX, ControlPlane
-from services.bootstrap.records import Records
+from services.bootstrap.control import WORKER_PREFIX, ControlPlane
 from services.bootstrap.server import SERVICE, BootstrapServicer
 from services.bootstrap.store.base import ABSENT, Store, Write
 from services.bootstrap.store.registry import make_store
@@ -29,7 +28,6 @@ __all__ = ["BootstrapProcessConfig", "Bootstrap", "main", "run"]
 log = logs.get_logger(__name__)
 
 EPOCH_KEY = "/pdmesh/epoch"
-PRESENCE_PREFIX = "/pdmesh/bootstraps/"
 RETRY_S = 0.5
 FLUSH_S = 2.0
 GRACE_S = 1.0
@@ -44,13 +42,12 @@ class Bootstrap:
     def __init__(self, config: BootstrapConfig, store: Store | None = None, tls: Credentials | None = None) -> None:
         """Raises `MeshError` (BAD_CONFIG) for a taken port or a store that there is none of."""
         self.config = config
-        self.store = store or make_store(config.store)
+        self.store = store or make_store(config.store, lease_ttl_s=config.lease_ttl)
         self.servicer = BootstrapServicer()
         service = Service(SERVICE, pb_grpc.add_BootstrapServiceServicer_to_server, self.servicer)
         self.server = make_server(config.host, config.port, [service], tls=tls)
         self.address = self.server.address
         self._tasks: list[asyncio.Task[None]] = []
-        self._records: Records | None = None
 
     async def start(self) -> None:
         """Listen, and begin to reach for the store."""
@@ -75,28 +72,30 @@ class Bootstrap:
     async def _take_up(self) -> None:
         await self.store.start()
         epoch = await next_epoch(self.store)
+        control = ControlPlane(self.config, epoch, self.store, self.config.advertise_address or self.address)
         workers, _ = await self.store.scan(WORKER_PREFIX)
-        rooms, _ = await self.store.scan(ROOM_PREFIX)
-        self._records = Records(self.store, [*workers, *rooms])
-        control = ControlPlane(self.config, epoch, self._records)
-        for entry in workers:  # they register again, if they are still there
-            self._records.delete(entry.key)
-        control.rooms.remember(types.Room.FromString(entry.value) for entry in rooms)
-        await self.store.announce(PRESENCE_PREFIX + self.address, str(epoch).encode())
-        self._tasks = [asyncio.create_task(self._records.run()), asyncio.create_task(control.run_timers())]
+        control.recovery.knew(types.Worker.FromString(entry.value) for entry in workers)
+        control.records.know(workers)
+        await control.shards.start()
+        self._tasks = [
+            asyncio.create_task(control.records.run(), name="records"),
+            asyncio.create_task(control.run_timers(), name="timers"),
+            asyncio.create_task(control.shards.run(), name="shards"),
+        ]
         self.servicer.control_plane = control
         await self.server.set_serving(True)
-        log.info("bootstrap serves", epoch=epoch, rooms_remembered=len(rooms))
+        log.info("bootstrap serves", epoch=epoch, shards=len(control.shards.owned))
 
     async def stop(self) -> None:
         """End the sessions, write what is left to write, let go of the store. Idempotent."""
-        if control := self.servicer.control_plane:
+        control = self.servicer.control_plane
+        if control:
             control.close()
         await self.server.stop(GRACE_S)
-        if self._records:
+        if control:
             try:
                 async with asyncio.timeout(FLUSH_S):
-                    await self._records.flush()
+                    await control.records.flush()
             except TimeoutError:
                 log.warning("not all records are written", store=type(self.store).__name__)
         for task in self._tasks:
@@ -108,12 +107,12 @@ class Bootstrap:
 async def next_epoch(store: Store) -> int:
     """An epoch above that of every bootstrap before us, kept in the store.
 
-    Without a durable store the clock has to do: milliseconds since 1970.
+    At least the clock's milliseconds since 1970, for the sake of a store that forgot.
     """
     while True:
         entry = await store.get(EPOCH_KEY)
         last = int(entry.value.split()[0]) if entry else 0
-        epoch = max(last + 1, 0 if store.durable else time.time_ns() // 1_000_000)
+        epoch = max(last + 1, time.time_ns() // 1_000_000)
         # the name makes the value ours alone: a repeated commit can be told from another bootstrap's
         value = f"{epoch} {secrets.token_hex(8)}".encode()
         [outcome] = await store.commit([Write(EPOCH_KEY, value, entry.revision if entry else ABSENT)])
@@ -124,7 +123,8 @@ async def next_epoch(store: Store) -> int:
 async def main(config: BootstrapProcessConfig, stop: asyncio.Event) -> None:
     """Run bootstrap until `stop` is set. Raises `MeshError` (BAD_CONFIG)."""
     async with AsyncExitStack() as stack:
-        store = make_store(config.bootstrap.store, config.tls, config.etcd_tls)
+        settings = config.bootstrap
+        store = make_store(settings.store, config.tls, config.etcd_tls, lease_ttl_s=settings.lease_ttl)
         bootstrap = Bootstrap(config.bootstrap, store, load(config.tls))
         host = config.bootstrap.host
         metrics_port, stop_metrics = pages.serve(host, config.metrics.metrics_port)

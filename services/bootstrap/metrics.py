@@ -17,3 +17,4 @@ STORE_COMMIT_SECONDS = metrics.histogram("store_commit_seconds", "Time of one gr
 STORE_WRITES = metrics.counter("store_writes_total", "Records written to the store.")
 STORE_FAILURES = metrics.counter("store_failures_total", "Commits that failed and are repeated.")
 STORE_PENDING = metrics.gauge("store_pending", "Records that wait to be written.")
+SHARDS_OWNED = metrics.gauge("shards_owned", "Shards that this replica owns.")

@@ -10,6 +10,7 @@ from common.errors.base import MeshError, Reason
 from common.mesh import room as machine
 from common.mesh.outbox import Outbox
 from common.mesh.room import Effect, Party, Room, State, Timeouts
+from common.mesh.shards import new_room_id, shard_of_room
 from common.mesh.ticket import Ticket
 from common.mesh.wire import ticket_from, ticket_to
 from common.obs.log import get_logger
@@ -60,7 +61,8 @@ class Rooms:
         now: Callable[[], float],
         timers: Timers[tuple[str, str]],
         *,
-        epoch: int,
+        shard_of: Callable[[str], int],
+        epoch_of: Callable[[int], int],
         timeouts: Timeouts,
         history: int,
         workers: Workers,
@@ -70,7 +72,7 @@ class Rooms:
     ) -> None:
         self._now = now
         self._timers = timers
-        self._epoch = epoch
+        self._shard_of, self._epoch_of = shard_of, epoch_of
         self._timeouts = timeouts
         self._history = history
         self._workers = workers
@@ -82,6 +84,10 @@ class Rooms:
         self._by_worker: defaultdict[str, set[str]] = defaultdict(set)
         self._by_router: defaultdict[RouterOutbox, set[str]] = defaultdict(set)
         self._retired: deque[str] = deque()
+        # What recovery has to do with a room: `on_unknown` is given an event for one that is not known, and tells
+        # whether it took it; `on_adopted` a room that its router brought back.
+        self.on_unknown: Callable[[str, pb.WorkerEvent], bool] = lambda worker_id, event: False
+        self.on_adopted: Callable[[Entry], None] = lambda entry: None
 
     # ---------------------------------------------------------------------------------- of routers
 
@@ -97,7 +103,8 @@ class Rooms:
                 self._follow(entry, router)
         except MeshError as error:
             metrics.ROOMS_REFUSED.labels(error.reason).inc()
-            self._journal.refused(wanted, error.reason, error.message)
+            if error.reason is not Reason.NOT_OWNER:  # the router asks again, elsewhere
+                self._journal.refused(wanted, error.reason, error.message)
             refused = pb.OpenRefused(
                 request_id=wanted.request_id,
                 index=wanted.index,
@@ -112,6 +119,8 @@ class Rooms:
         router.put(pb.MeshEvent(opened=opened))
         if entry.room.state.terminal:
             router.put(pb.MeshEvent(ended=wire.ended_to(entry.room)))
+        elif wanted.HasField("ticket"):
+            self.on_adopted(entry)
 
     def abort(self, wanted: pb.AbortRoom, by: str = timeline.ROUTER) -> None:
         """End a room as FAILED, if it has not ended."""
@@ -152,7 +161,8 @@ class Rooms:
             return
         entry = self._entries.get(said.ticket.room_id)
         if entry is None:
-            self._unknown(worker_id, said)
+            if not self.on_unknown(worker_id, event):
+                self._unknown(worker_id, said)
         elif self._parties(entry.room, worker_id).isdisjoint(SPEAKERS[type(said)]):
             refusal = machine.Refusal(Reason.NOT_FOUND, f"room {said.ticket} is not of worker {worker_id}")
             self._refuse(worker_id, said, refusal)
@@ -160,12 +170,11 @@ class Rooms:
         else:
             self._apply(entry, said, worker_id, worker_id)
 
-    def worker_lost(self, worker_id: str, message: str) -> None:
-        """A worker's life ended: its rooms fail. To be called while its record is still there."""
+    def worker_lost(self, worker_id: str, message: str, last: types.Worker | None = None) -> None:
+        """A worker's life ended: its rooms fail. `last` is its record, unless that is still among the workers."""
         member = self._workers.get(worker_id)
-        writer = types.Writer()
-        if member is not None:
-            writer = types.Writer(endpoints=member.record.endpoints, epoch=member.record.epoch)
+        record = member.record if member else last
+        writer = types.Writer(endpoints=record.endpoints, epoch=record.epoch) if record else types.Writer()
         for room_id in sorted(self._by_worker.pop(worker_id, ())):
             entry = self._entries[room_id]
             for party in self._parties(entry.room, worker_id):
@@ -184,23 +193,68 @@ class Rooms:
         else:
             self._timers.set(("room", room_id), deadline.at)
 
-    # ---------------------------------------------------------------------------------- inspection
+    # ---------------------------------------------------------------------------------- change of owners
 
-    def remember(self, records: Iterable[types.Room]) -> None:
-        """Take rooms of an earlier bootstrap into the history; those that had not ended ended with it."""
+    def load(self, records: Iterable[types.Room]) -> None:
+        """Take over rooms as an earlier owner wrote them. Those that have not ended go on."""
         for record in sorted(records, key=lambda record: record.opened_at.ToNanoseconds()):
-            room = wire.room_from(record)
+            room = replace(wire.room_from(record), timeouts=self._timeouts, recovered=True)
+            if room.ticket.room_id in self._entries:
+                continue
             entry = self._add(room, router=None)
-            entry.closed = True
-            if not room.state.terminal:
-                message = "bootstrap was restarted"
-                entry.room = machine.next(room, machine.Abort(room.ticket, Reason.ABORTED, message), self._now()).room
-                self._persist(entry.room)
-            elif room.state is State.FAILED:
-                # whether prefill was quiet was not written down; to release twice does no harm
-                entry.room = replace(room, quarantined=room.reservation is not None)
-            self._journal.note(entry, timeline.RESTORED, timeline.BOOTSTRAP, entry.room.reason, entry.room.message)
-            self._retire(entry)
+            self._journal.note(entry, timeline.RESTORED, timeline.BOOTSTRAP, room.reason, room.message)
+            if room.at_rest:
+                entry.closed = True
+                self._retire(entry)
+            else:
+                self._begin(entry)
+
+    def drop(self, shard: int) -> None:
+        """Forget the rooms of a shard that is another's now."""
+        for entry in self.in_shard(shard):
+            room = entry.room
+            del self._entries[room.ticket.room_id]
+            self._by_request.pop((room.request_id, room.index, room.ticket.attempt), None)
+            self._timers.cancel(("room", room.ticket.room_id))
+            if not entry.retired:
+                self._let_go(entry)
+                metrics.ROOMS.labels(room.state).dec()
+                metrics.ROOMS_QUARANTINED.dec(room.quarantined)
+
+    def in_shard(self, shard: int) -> list[Entry]:
+        """All rooms of a shard. Looks at every room that is kept."""
+        return [entry for entry in self._entries.values() if shard_of_room(entry.room.ticket.room_id) == shard]
+
+    def of_worker(self, worker_id: str) -> list[Entry]:
+        """The worker's rooms that are not at rest, and those that the router has not closed."""
+        return [self._entries[room_id] for room_id in sorted(self._by_worker.get(worker_id, ()))]
+
+    def find(self, room_id: str) -> Entry | None:
+        return self._entries.get(room_id)
+
+    def apply(self, entry: Entry, event: machine.Event, by: str) -> None:
+        """Give a room's machine an event that nobody waits for an answer to."""
+        self._apply(entry, event, by)
+
+    def remind_prefill(self, entry: Entry) -> None:
+        """Say to prefill once more where the pages go, or that the room ended."""
+        room = entry.room
+        if room.state is State.FAILED:
+            self._perform(Effect.END_PREFILL, entry)
+        elif room.reservation is not None and not room.state.terminal:
+            self._perform(Effect.PUSH_RESERVATION, entry)
+
+    def remind_decode(self, entry: Entry) -> None:
+        """Say to decode once more that the room ended, and what may become of its pages."""
+        room = entry.room
+        if room.state is State.FAILED:
+            self._perform(Effect.END_DECODE, entry)
+            if room.writer is not None and room.quarantined:
+                self._perform(Effect.FENCE, entry)
+            elif not room.quarantined:
+                self._perform(Effect.RELEASE, entry)
+
+    # ---------------------------------------------------------------------------------- inspection
 
     def get(self, room_id: str) -> Entry:
         """Raises `MeshError` (NOT_FOUND)."""
@@ -223,17 +277,15 @@ class Rooms:
 
     def _new(self, router: RouterOutbox, wanted: pb.OpenRoom) -> Entry:
         now = self._now()
-        members = [self._workers.get(name) for name in (wanted.prefill_worker_id, wanted.decode_worker_id)]
-        for name, member in zip((wanted.prefill_worker_id, wanted.decode_worker_id), members, strict=True):
-            if member is None:
-                raise MeshError(Reason.NO_WORKER, f"no worker {name!r}")
-        prefill, decode = (member.record for member in members if member)
-        check_pair(prefill, decode)
+        ticket = self._ticket_of(wanted)
+        adopted = wanted.HasField("ticket")
+        if not adopted:  # the workers of one that was opened before may not have found us yet
+            self._check_workers(wanted)
         deadline = wire.time_of(wanted, "deadline")
         if deadline is not None and deadline <= now:
             raise MeshError(Reason.DEADLINE_EXCEEDED, "the request's deadline passed before its room was opened")
         room = Room(
-            ticket=Ticket(f"{self._epoch:x}-{self._count + 1:x}", wanted.attempt, self._epoch),
+            ticket=ticket,
             request_id=wanted.request_id,
             index=wanted.index,
             prefill_worker_id=wanted.prefill_worker_id,
@@ -245,18 +297,55 @@ class Rooms:
             admission_deadline=wire.time_of(wanted, "admission_deadline"),
             prompt_tokens=wanted.prompt_tokens,
             max_new_tokens=wanted.max_new_tokens,
+            recovered=adopted,
         )
         entry = self._add(room, router)
-        self._journal.note(entry, timeline.OPENED, timeline.ROUTER)
-        for worker_id in (room.prefill_worker_id, room.decode_worker_id):
-            self._by_worker[worker_id].add(room.ticket.room_id)
+        self._journal.note(entry, timeline.RESTORED if adopted else timeline.OPENED, timeline.ROUTER)
+        self._begin(entry)
         self._by_router[router].add(room.ticket.room_id)
-        self._watch(entry)
         self._persist(room)
         metrics.ROOMS_OPENED.inc()
-        metrics.ROOMS.labels(room.state).inc()
         log.debug("room opened", room_id=room.ticket.room_id, request_id=room.request_id, attempt=room.ticket.attempt)
         return entry
+
+    def _ticket_of(self, wanted: pb.OpenRoom) -> Ticket:
+        """A fresh ticket, or that under which an earlier owner opened the room. Raises `MeshError` (NOT_OWNER)."""
+        if not wanted.HasField("ticket"):
+            shard = self._shard_of(wanted.request_id)
+            epoch = self._epoch_of(shard)
+            return Ticket(new_room_id(epoch, self._count + 1, shard), wanted.attempt, epoch)
+        ticket = ticket_from(wanted.ticket)
+        if ticket.epoch > self._epoch_of(shard_of_room(ticket.room_id)):
+            raise MeshError(Reason.STALE_TICKET, f"room {ticket} was opened by a later owner")
+        return ticket
+
+    def _check_workers(self, wanted: pb.OpenRoom) -> None:
+        names = (wanted.prefill_worker_id, wanted.decode_worker_id)
+        members = [self._workers.get(name) for name in names]
+        for name, member in zip(names, members, strict=True):
+            if member is None:
+                raise MeshError(Reason.NO_WORKER, f"no worker {name!r}")
+        prefill, decode = (member.record for member in members if member)
+        check_pair(prefill, decode)
+
+    def _begin(self, entry: Entry) -> None:
+        """A room that is not at rest is now among ours."""
+        room = entry.room
+        for worker_id in (room.prefill_worker_id, room.decode_worker_id):
+            self._by_worker[worker_id].add(room.ticket.room_id)
+        self._watch(entry)
+        metrics.ROOMS.labels(room.state).inc()
+        metrics.ROOMS_QUARANTINED.inc(room.quarantined)
+
+    def _let_go(self, entry: Entry) -> None:
+        """Neither its workers nor its router are ours to tell any more."""
+        name = entry.room.ticket.room_id
+        for worker_id in (entry.room.prefill_worker_id, entry.room.decode_worker_id):
+            if rooms := self._by_worker.get(worker_id):
+                rooms.discard(name)
+        if entry.router is not None:
+            self._by_router[entry.router].discard(name)
+            entry.router = None
 
     def _add(self, room: Room, router: RouterOutbox | None) -> Entry:
         self._count += 1
@@ -314,8 +403,13 @@ class Rooms:
                 if record.role == types.WORKER_ROLE_DECODE:
                     self._release(record.worker_id, event.ticket)
             return
-        self._refuse(worker_id, event, machine.Refusal(Reason.NOT_FOUND, f"no room {event.ticket}"))
+        message = f"no room {event.ticket}"
+        self._refuse(worker_id, event, machine.Refusal(Reason.NOT_FOUND, message))
         if isinstance(event, machine.Reserved):
+            ended = pb.RoomEnded(
+                ticket=ticket_to(event.ticket), state=types.ROOM_STATE_FAILED, reason=Reason.NOT_FOUND, message=message
+            )
+            self._tell(worker_id, pb.ControlEvent(ended=ended))
             self._release(worker_id, event.ticket)
 
     def _refuse(self, speaker: str | None, event: machine.Event, refusal: machine.Refusal) -> None:
@@ -371,16 +465,11 @@ class Rooms:
     def _retire(self, entry: Entry) -> None:
         """Move a room into the history, and the oldest out of it."""
         room = entry.room
-        room_id = room.ticket.room_id
         entry.retired = True
-        for worker_id in (room.prefill_worker_id, room.decode_worker_id):
-            if rooms := self._by_worker.get(worker_id):
-                rooms.discard(room_id)
-        if entry.router is not None:
-            self._by_router[entry.router].discard(room_id)
-            entry.router = None
-        self._retired.append(room_id)
+        self._let_go(entry)
+        self._retired.append(room.ticket.room_id)
         while len(self._retired) > self._history:
-            oldest = self._entries.pop(self._retired.popleft()).room
-            self._by_request.pop((oldest.request_id, oldest.index, oldest.ticket.attempt), None)
-            self._forget(oldest.ticket.room_id)
+            if dropped := self._entries.pop(self._retired.popleft(), None):  # else its shard has left
+                oldest = dropped.room
+                self._by_request.pop((oldest.request_id, oldest.index, oldest.ticket.attempt), None)
+                self._forget(oldest.ticket.room_id)

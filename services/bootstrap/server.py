@@ -44,30 +44,32 @@ class BootstrapServicer(pb_grpc.BootstrapServiceServicer):
         if not first.events or first.events[0].WhichOneof("event") != "register":
             raise MeshError(Reason.INVALID_PARAMETER, "a worker's session begins with `register`")
         outbox: Outbox[pb.ControlEvent] = Outbox()
-        member = control.workers.register(first.events[0].register.worker, outbox)
-        why = "its session broke"
+        member = control.register(first.events[0].register.worker, outbox)
+        broke = True
 
         async def read() -> None:
-            nonlocal why
+            nonlocal broke
             take(control, member, first.events[1:])
             async for request in request_iterator:
                 take(control, member, request.events)
-            why = "it closed its session"
+            broke = False
 
         try:
             async with reading(read(), outbox):
                 async for batch in outbox.batches():
                     yield pb.WorkerSessionResponse(events=batch)
         finally:
-            control.workers.lost(member, why)
+            control.worker_left(member, broke=broke)
 
     async def RouterSession(
         self, request_iterator: AsyncIterator[pb.RouterSessionRequest], context: Any
     ) -> AsyncIterator[pb.RouterSessionResponse]:
         control = self.control
         outbox: Outbox[pb.MeshEvent] = Outbox()
+        broke = True
 
         async def read() -> None:
+            nonlocal broke
             async for request in request_iterator:
                 for event in request.events:
                     match event.WhichOneof("event"):
@@ -79,6 +81,7 @@ class BootstrapServicer(pb_grpc.BootstrapServiceServicer):
                             control.rooms.close(ticket_from(event.close.ticket))
                         case "request_failed":
                             control.journal.request_failed(event.request_failed)
+            broke = False
 
         control.router_joined(outbox)
         try:
@@ -86,7 +89,7 @@ class BootstrapServicer(pb_grpc.BootstrapServiceServicer):
                 async for batch in outbox.batches():
                     yield pb.RouterSessionResponse(events=batch)
         finally:
-            control.router_left(outbox)
+            control.router_left(outbox, broke=broke)
 
     # ---------------------------------------------------------------------------------- inspection
 
@@ -121,6 +124,9 @@ class BootstrapServicer(pb_grpc.BootstrapServiceServicer):
             return inspection.explain_room(self.control, request.room_id)
         return inspection.explain_request(self.control, request.request_id)
 
+    async def ListReplicas(self, request: pb.ListReplicasRequest, context: Any) -> pb.ListReplicasResponse:
+        return inspection.list_replicas(self.control)
+
     # ---------------------------------------------------------------------------------- verbs
 
     async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Any) -> pb.DrainWorkerResponse:
@@ -143,6 +149,8 @@ def take(control: ControlPlane, member: Member, events: Any) -> None:
                 control.workers.heartbeat(member, event.heartbeat.load)
             case "draining":
                 control.workers.draining(member)
+            case "held":
+                control.recovery.told(member.worker_id, event.held)
             case "register":
                 raise MeshError(Reason.WRONG_STATE, "a session registers once")
             case _:

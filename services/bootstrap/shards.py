@@ -174,12 +174,12 @@ class Shards:
         for shard in list(self.owned.values()):
             if self.known[shard.number].revision > shard.revision:
                 self._lose(shard)
-        owners = {number: shard.claim.owner for number, shard in self.known.items()}
+        owners = {number: shard.claim.owner for number, shard in self.known.items() if number < self.count}
         target = assign(owners, self.replicas, self.count)
         await self._claim([number for number, name in target.items() if name == self.replica_id])
-        away = {number: name for number, name in target.items() if name != self.replica_id and number in self.owned}
-        if away:
-            await self._give_away(list(away))
+        ours = {number for number, owner in owners.items() if owner == self.replica_id}
+        if away := sorted(number for number in ours if target[number] != self.replica_id):
+            await self._give_away(away)
         metrics.SHARDS_OWNED.set(len(self.owned))
         self._on_changed()
 
@@ -217,11 +217,10 @@ class Shards:
 
     async def _give_away(self, numbers: list[int]) -> None:
         for first in range(0, len(numbers), MAX_WRITES):
-            leaving = [self.owned[number] for number in numbers[first : first + MAX_WRITES]]
-            for shard in leaving:
-                self.owned.pop(shard.number, None)
+            leaving = [self.known[number] for number in numbers[first : first + MAX_WRITES]]
+            served = [self.owned.pop(shard.number) for shard in leaving if shard.number in self.owned]
             self._on_changed()  # nobody shall ask us any more
-            for shard in leaving:
+            for shard in served:
                 await self._on_leaving(shard)
             writes = [
                 Write(shard_key(shard.number), msgspec.json.encode(Claim("", shard.claim.epoch)), shard.revision)

@@ -21,6 +21,10 @@ log = get_logger(__name__)
 SLACK_S = 0.5
 # How long a worker that is offline is still shown.
 FORGET_S = 300.0
+# How long a worker whose session broke may take to open another before its life ends.
+REATTACH_S = 1.0
+# Workers whose last epoch is remembered after they are forgotten.
+MAX_ENDED = 10_000
 
 
 class Member:
@@ -31,6 +35,8 @@ class Member:
         self.outbox = outbox
         self.seen_at = now
         self.draining = False
+        self.broken_at: float | None = None  # its session is gone, and another may take its place
+        self.why = ""
         self.drain_told = asyncio.Event()
         self._figures: Figures | None = None
 
@@ -79,9 +85,15 @@ class Workers:
         self._max_failure = heartbeat_max_failure
         self._on_changed, self._on_gone, self._on_lost = on_changed, on_gone, on_lost
         self._members: dict[str, Member] = {}
+        self._ended: dict[str, int] = {}  # the last epoch of workers that are forgotten
 
     def get(self, worker_id: str) -> Member | None:
         return self._members.get(worker_id)
+
+    @property
+    def silent_after_s(self) -> float:
+        """After how long without a heartbeat a worker is suspect."""
+        return self._interval_s + SLACK_S
 
     def figures(self, worker_id: str) -> Figures | None:
         """The worker's state and load at this moment; None for one that is not known."""
@@ -93,19 +105,24 @@ class Workers:
         return [self._members[worker_id].record for worker_id in sorted(self._members)]
 
     def register(self, worker: types.Worker, outbox: Outbox[pb.ControlEvent]) -> Member:
-        """Begin a worker's life. An earlier one under the same id ends, and its rooms fail.
+        """Begin a worker's life, or go on with the one that has the proposed epoch.
 
-        Raises `MeshError` (INVALID_PARAMETER) for a record that lacks what others need.
+        An earlier life under the same id ends, and its rooms fail. A life that ended here does not go on: the worker
+        gets a higher epoch. Raises `MeshError` (INVALID_PARAMETER) for a record that lacks what others need.
         """
         check(worker)
         record = types.Worker()
         record.CopyFrom(worker)
         role = types.WorkerRole.Name(record.role).removeprefix("WORKER_ROLE_").lower()
         record.worker_id = record.worker_id or f"{role}-{secrets.token_hex(4)}"
-        if earlier := self._members.get(record.worker_id):
+        earlier = self._members.get(record.worker_id)
+        record.epoch = self._epoch_for(record.worker_id, record.epoch, earlier)
+        if earlier and earlier.record.epoch == record.epoch:
+            self._detach(earlier)
+        elif earlier:
             self.lost(earlier, "it registered anew")
-        self._last_epoch += 1
-        record.epoch = self._last_epoch
+            if record.worker_id in self._members:
+                self._count(earlier.record, -1)
         record.registered_at.FromNanoseconds(round(self._now() * 1e9))
         record.state = types.WORKER_STATE_READY
         member = Member(record, outbox, self._now())
@@ -119,13 +136,40 @@ class Workers:
         log.info("worker registered", worker_id=record.worker_id, epoch=record.epoch, address=record.address)
         return member
 
+    def _epoch_for(self, worker_id: str, proposed: int, earlier: Member | None) -> int:
+        """The epoch of a registration: the proposed one if that life may go on here, or one above all before."""
+        known = earlier.record.epoch if earlier else self._ended.get(worker_id, 0)
+        alive = earlier is not None and earlier.online
+        if proposed > known or (proposed == known and alive):
+            return proposed
+        self._last_epoch = max(self._last_epoch, known) + 1
+        return self._last_epoch
+
+    def _detach(self, member: Member) -> None:
+        """Another session takes the member's place; it says and hears nothing more, and its life goes on."""
+        self._count(member.record, -1)
+        gone = types.Worker()
+        gone.CopyFrom(member.record)
+        gone.state = types.WORKER_STATE_OFFLINE
+        member.record = gone
+        member.outbox.close()
+
+    def broken(self, member: Member, why: str) -> None:
+        """The worker's session ended without a goodbye. Its life ends too, unless it comes back at once."""
+        if member.online and self._members.get(member.worker_id) is member:
+            member.outbox.close()
+            member.broken_at, member.why = self._now(), why
+            self._settle(member)
+            self._watch(member)
+
     def heartbeat(self, member: Member, load: types.WorkerLoad) -> None:
         member.seen_at = self._now()
         changed = member.record.load != load
         member.record.load.CopyFrom(load)
-        if not self._settle(member) and changed:
+        if self._settle(member):
+            self._watch(member)  # else the alarm that is set looks again
+        elif changed:
             self._on_changed(member.record, False)
-        self._watch(member)
 
     def draining(self, member: Member) -> None:
         member.draining = True
@@ -153,6 +197,8 @@ class Workers:
         silent_s = self._now() - member.seen_at
         if not member.online:
             self._forget(member)
+        elif member.broken_at is not None and self._now() - member.broken_at >= REATTACH_S:
+            self.lost(member, member.why)
         elif silent_s >= self._interval_s * self._max_failure + SLACK_S:
             self.lost(member, f"no sign of life for {silent_s:.1f} s")
         else:
@@ -162,14 +208,16 @@ class Workers:
     def _watch(self, member: Member) -> None:
         """Wake up when it would become suspect, or offline."""
         first, last = member.seen_at + self._interval_s, member.seen_at + self._interval_s * self._max_failure
-        when = first if self._now() < first + SLACK_S else last
-        self._timers.set(("worker", member.worker_id), when + SLACK_S)
+        when = (first if self._now() < first + SLACK_S else last) + SLACK_S
+        if member.broken_at is not None:
+            when = min(when, member.broken_at + REATTACH_S)
+        self._timers.set(("worker", member.worker_id), when)
 
     def _settle(self, member: Member) -> bool:
         """Bring the state in line with what is known of the worker; tells whether it changed."""
         if not member.online:
             return False
-        if self._now() - member.seen_at >= self._interval_s + SLACK_S:
+        if member.broken_at is not None or self._now() - member.seen_at >= self._interval_s + SLACK_S:
             state: types.WorkerState.ValueType = types.WORKER_STATE_SUSPECT
         elif member.draining:
             state = types.WORKER_STATE_DRAINING
@@ -189,6 +237,9 @@ class Workers:
     def _forget(self, member: Member) -> None:
         self._count(member.record, -1)
         self._timers.cancel(("worker", member.worker_id))
+        self._ended[member.worker_id] = member.record.epoch
+        if len(self._ended) > MAX_ENDED:
+            del self._ended[next(iter(self._ended))]
         del self._members[member.worker_id]
         self._on_gone(member.worker_id)
 

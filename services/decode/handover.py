@@ -8,6 +8,7 @@ says that the writer is lost, as soon as the transfer endpoint here has seen the
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from msgspec import structs
@@ -16,6 +17,7 @@ from common.engine.engine import Engine, StepResult
 from common.engine.messages import Load, SequenceFailed, TokenLogprobs, Tokens
 from common.engine.request import Sequence
 from common.errors.base import MeshError, Reason
+from common.kvcache.audit import Claim
 from common.kvcache.extents import to_extents
 from common.kvcache.ledger import PageState
 from common.mesh.credit import Credit
@@ -152,6 +154,12 @@ class DecodeHandover:
             engine, waiting=engine.waiting + waiting, waiting_tokens=engine.waiting_tokens + tokens, credit=credit
         )
 
+    def claims(self) -> Iterator[Claim]:
+        """The pages that are granted to rooms, or in quarantine after them."""
+        for room in self._rooms.values():
+            state = PageState.QUARANTINED if room.ended else PageState.RESERVED
+            yield Claim(f"room {room.ticket}", state, room.pages)
+
     @property
     def pending(self) -> bool:
         return bool(self._rooms)
@@ -207,8 +215,9 @@ class DecodeHandover:
         """Free the pages if their lost writer is gone; if not, `poll` asks again."""
         writer = room.writer
         assert writer is not None
-        # each is to be fenced off now, so that nothing new can come of one while another is waited for
-        if all([self._backend.fence(endpoint, writer.epoch) for endpoint in writer.when_gone]):
+        # all are fenced off now, so that nothing new can come of one while another is waited for
+        gone = [self._backend.fence(endpoint, writer.epoch) for endpoint in writer.when_gone]
+        if all(gone):
             log.info("the writer of a failed room is gone", room=str(room.ticket), pages=len(room.pages))
             self._emit(RoomFenced(room.ticket))
             self._free(room)

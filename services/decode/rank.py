@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common.worker.config import WorkerConfig
 from common.worker.process import Rank, serve_rank
 from common.worker.start import RankStart
 from common.worker.transfer import build_with_transfer, read_config
@@ -11,7 +12,12 @@ from services.decode.handover import DecodeHandover
 
 def build(start: RankStart, waker: Waker) -> Rank:
     """What `serve_rank` runs."""
-    engine, backend, ready = build_with_transfer(start, read_config(start, "decode"), waker)
+    return make(start, read_config(start, "decode"), waker)
+
+
+def make(start: RankStart, config: WorkerConfig, waker: Waker) -> Rank:
+    """The rank, in whatever process."""
+    engine, backend, ready = build_with_transfer(start, config, waker)
     return Rank(engine, ready, lambda emit: DecodeHandover(engine, backend, emit))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from common.worker.build import build_engine, ready_message
+from common.worker.config import WorkerConfig
 from common.worker.process import Rank, serve_rank
 from common.worker.start import RankStart
 from common.worker.transfer import read_config
@@ -11,7 +12,12 @@ from common.worker.waker import Waker
 
 def build(start: RankStart, waker: Waker) -> Rank:
     """What `serve_rank` runs."""
-    engine = build_engine(read_config(start, "unified").engine)
+    return make(start, read_config(start, "unified"), waker)
+
+
+def make(start: RankStart, config: WorkerConfig, waker: Waker) -> Rank:
+    """The rank, in whatever process."""
+    engine = build_engine(config.engine)
     return Rank(engine, ready_message(start.rank, engine, "", b""))
 
 

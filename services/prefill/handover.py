@@ -13,6 +13,7 @@ keeps the destination pages in quarantine until then.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ from common.engine.engine import Engine, StepResult
 from common.engine.messages import Load, SequenceFailed, Tokens
 from common.engine.request import Sequence
 from common.errors.base import MeshError, Reason
+from common.kvcache.audit import Claim
 from common.mesh.ticket import Ticket
 from common.obs.log import get_logger
 from common.transfer import notice
@@ -173,6 +175,10 @@ class PrefillHandover:
             waiting_tokens=engine.waiting_tokens + sum(waiting),
             credit=None,
         )
+
+    def claims(self) -> Iterable[Claim]:
+        """None: its rooms' pages are their sequences'."""
+        return ()
 
     @property
     def pending(self) -> bool:

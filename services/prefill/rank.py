@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common.worker.config import WorkerConfig
 from common.worker.loop import Emit
 from common.worker.process import Rank, serve_rank
 from common.worker.start import RankStart
@@ -12,7 +13,11 @@ from services.prefill.handover import PrefillHandover
 
 def build(start: RankStart, waker: Waker) -> Rank:
     """What `serve_rank` runs."""
-    config = read_config(start, "prefill")
+    return make(start, read_config(start, "prefill"), waker)
+
+
+def make(start: RankStart, config: WorkerConfig, waker: Waker) -> Rank:
+    """The rank, in whatever process."""
     engine, backend, ready = build_with_transfer(start, config, waker)
     settings = config.handover
 

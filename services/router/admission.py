@@ -1,53 +1,207 @@
-"""How many requests run at once, and how many wait."""
+"""Who may start, and who waits: the one queue of a router."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from bisect import insort
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from common.errors.base import MeshError, Reason
+from common.mesh.credit import Credit, most_pages
 from services.router import metrics
+from services.router.passing import Need, next_to_go
+from services.router.request import GenerationRequest
+from services.router.workers import RETRY_AFTER_S, Route, WorkerPool
+
+MOST_PASSES = 32  # of smaller sequences before one that does not fit
+LOOK_AHEAD = 128  # sequences that do not fit, looked at to find one that does
+LEAST_PATIENCE_S = 1.0  # with rooms that several routers opened for the same credit
+LONGEST_RETRY_S = 60.0
+RATE_WINDOW = 64  # admissions from which the time until a place is free is estimated
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A sequence in the queue. Those that were admitted before, and retracted, come first."""
+
+    request: GenerationRequest
+    need: Need
+    arrived: float
+    resumed: bool
+    route: asyncio.Future[Route] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def place(self) -> tuple[bool, float]:
+        return not self.resumed, self.arrived
 
 
 class Admission:
-    """A bounded queue, first in first out, in front of a bounded number of slots."""
+    """Gives sequences their routes: at once, or when decode's credit allows it, in the order that `passing` says.
 
-    def __init__(self, max_running: int, max_queued: int, queue_timeout_s: float) -> None:
-        self._slots = asyncio.Semaphore(max_running)
+    At most `max_running` requests have sequences that were admitted. At most `max_queued` have none yet: further
+    ones are refused. A sequence that has been admitted before is never refused for want of room: it waits until
+    its request's deadline.
+    """
+
+    def __init__(self, pool: WorkerPool, max_running: int, max_queued: int, queue_timeout_s: float) -> None:
+        self._pool = pool
+        self._max_running = max_running
         self._max_queued = max_queued
         self._queue_timeout_s = queue_timeout_s
-        self.queued = 0
+        self._waiting: list[Waiter] = []
+        self._running: set[str] = set()
+        self._queued: dict[str, int] = {}  # sequences that wait, of requests that have not begun
+        self._admitted_at: deque[float] = deque(maxlen=RATE_WINDOW)
 
-    @asynccontextmanager
-    async def slot(self, deadline: float) -> AsyncIterator[None]:
-        """Hold a slot. `deadline` is in the event loop's time.
+    @property
+    def queued(self) -> int:
+        """Requests that wait and have not begun."""
+        return len(self._queued)
 
-        Raises `MeshError`: OVERLOADED when the queue is full or the wait is too long, DEADLINE_EXCEEDED.
+    async def enter(self, request: GenerationRequest, need: Need, *, resumed: bool = False) -> Route:
+        """A route for a sequence, with its credit spent. Give it back with `leave`.
+
+        Raises `MeshError`: OVERLOADED when the queue is full or the wait is too long, NO_WORKER, CONTEXT_TOO_LONG
+        for a sequence that fits no worker at all.
         """
-        if self._slots.locked():
-            await self._wait(deadline)
-        else:
-            await self._slots.acquire()
+        loop = asyncio.get_running_loop()
+        if not resumed:
+            self._check(need)
+        waiter = Waiter(request, need, loop.time(), resumed)
+        insort(self._waiting, waiter, key=lambda other: other.place)
+        self._enqueued(waiter, 1)
         try:
-            yield
+            self.admit()
+            if waiter.route.done():
+                return waiter.route.result()
+            if self.queued > self._max_queued and request.request_id in self._queued:
+                raise self._overloaded(f"{self._max_queued} requests wait already")
+            return await self._wait(waiter)
+        except BaseException:
+            if waiter.route.done() and not waiter.route.cancelled() and not waiter.route.exception():
+                self.leave(waiter.route.result())  # it came at the last moment
+            raise
         finally:
-            self._slots.release()
+            self._remove(waiter)
 
-    async def _wait(self, deadline: float) -> None:
-        if self.queued >= self._max_queued:
-            raise MeshError(Reason.OVERLOADED, f"{self.queued} requests wait already", retry_after_s=1.0)
-        patience = asyncio.get_running_loop().time() + self._queue_timeout_s
-        self.queued += 1
-        metrics.QUEUED.inc()
-        try:
-            async with asyncio.timeout_at(min(patience, deadline)):
-                await self._slots.acquire()
-        except TimeoutError:
-            if deadline <= patience:
-                raise MeshError(Reason.DEADLINE_EXCEEDED, "the deadline passed in the router's queue") from None
-            message = f"no slot became free within {self._queue_timeout_s:g} s"
-            raise MeshError(Reason.OVERLOADED, message, retry_after_s=1.0) from None
-        finally:
-            self.queued -= 1
-            metrics.QUEUED.dec()
+    def admit_by(self) -> float:
+        """Until when, on the event loop's clock, decode must have reserved for a sequence that is sent now."""
+        return asyncio.get_running_loop().time() + max(self._queue_timeout_s, LEAST_PATIENCE_S)
+
+    def leave(self, route: Route) -> None:
+        """A sequence's attempt is over: credit that did not reach the worker is free again."""
+        route.decode.account.give_back(route.spend)
+        self.admit()
+
+    def ended(self, request_id: str) -> None:
+        """A request is over."""
+        if request_id in self._running:
+            self._running.discard(request_id)
+            metrics.RUNNING.dec()
+            self.admit()
+
+    def admit(self) -> None:
+        """Let everybody go who can: to be called when credit, places or workers have come."""
+        offers: dict[str, dict[str, Credit | None]] = {}
+        while self._waiting:
+            candidates = {waiter.need: waiter for waiter in self._eligible()}
+            for need in candidates:
+                if need.group not in offers:
+                    offers[need.group] = self._pool.offers(need.group)
+            chosen = next_to_go(candidates, offers, most_passes=MOST_PASSES, look_ahead=LOOK_AHEAD)
+            if chosen is None:
+                return
+            waiter = candidates[chosen.need]
+            for passed in chosen.passes:
+                passed.passed += 1
+            route = self._pool.route(waiter.request, waiter.need, chosen.workers)
+            offers[waiter.need.group][route.decode.worker_id] = route.decode.account.credit
+            self._begin(waiter)
+            waiter.route.set_result(route)
+
+    def workers_changed(self) -> None:
+        """Workers came or went: requests that have not begun and that nobody is left to serve are told so."""
+        self.admit()
+        for waiter in list(self._waiting):
+            if not waiter.resumed and not waiter.route.done():
+                try:
+                    self._check(waiter.need)
+                except MeshError as error:
+                    waiter.route.set_exception(error)
+
+    # ---------------------------------------------------------------------------------- parts
+
+    def _eligible(self) -> Iterator[Waiter]:
+        """The first of the queue that may begin: requests that run already, and others while there are places."""
+        count = 0
+        full = len(self._running) >= self._max_running
+        for waiter in self._waiting:
+            if not waiter.route.done() and not (full and waiter.request.request_id not in self._running):
+                yield waiter
+                count += 1
+                if count > LOOK_AHEAD:
+                    return
+
+    def _begin(self, waiter: Waiter) -> None:
+        self._remove(waiter)
+        request_id = waiter.request.request_id
+        if request_id not in self._running:
+            self._running.add(request_id)
+            metrics.RUNNING.inc()
+            self._queued.pop(request_id, None)  # its other sequences wait as part of a request that runs
+            metrics.QUEUED.set(len(self._queued))
+        self._admitted_at.append(asyncio.get_running_loop().time())
+
+    def _remove(self, waiter: Waiter) -> None:
+        if waiter in self._waiting:
+            self._waiting.remove(waiter)
+            self._enqueued(waiter, -1)
+
+    def _enqueued(self, waiter: Waiter, by: int) -> None:
+        request_id = waiter.request.request_id
+        if request_id not in self._running and not waiter.resumed:
+            count = self._queued.get(request_id, 0) + by
+            if count > 0:
+                self._queued[request_id] = count
+            else:
+                self._queued.pop(request_id, None)
+            metrics.QUEUED.set(len(self._queued))
+
+    async def _wait(self, waiter: Waiter) -> Route:
+        if not self._has_begun(waiter):
+            await asyncio.wait((waiter.route,), timeout=self._queue_timeout_s)
+            if not waiter.route.done() and not self._has_begun(waiter):
+                raise self._overloaded(f"decode had no room within {self._queue_timeout_s:g} s")
+        return await waiter.route
+
+    def _has_begun(self, waiter: Waiter) -> bool:
+        """Whether something of its request was admitted before."""
+        return waiter.resumed or waiter.request.request_id in self._running
+
+    def _check(self, need: Need) -> None:
+        """Raise `MeshError` for a sequence that no worker can take, whatever happens."""
+        workers = self._pool.decodes(need.group)
+        if not workers:
+            message = f"no worker is ready to serve {need.group}: {self._pool.lacking(need.group)}"
+            raise MeshError(Reason.NO_WORKER, message, retry_after_s=RETRY_AFTER_S)
+        largest = max(workers, key=lambda worker: worker.pool_tokens)
+        pages = largest.record.pool_pages
+        if pages and most_pages(need.tokens, need.remaining, largest.record.kv_layout.page_size) > pages:
+            message = (
+                f"{need.tokens} prompt tokens and {need.remaining} new ones are more than the largest KV pool holds "
+                f"({largest.pool_tokens} tokens)"
+            )
+            raise MeshError(Reason.CONTEXT_TOO_LONG, message)
+
+    def _overloaded(self, why: str) -> MeshError:
+        return MeshError(Reason.OVERLOADED, f"the mesh is full: {why}", retry_after_s=self._retry_after_s())
+
+    def _retry_after_s(self) -> float:
+        """When a request that comes now would be admitted, going by how fast others were."""
+        times = self._admitted_at
+        if len(times) < 2 or times[-1] <= times[0]:
+            return RETRY_AFTER_S
+        each_s = (asyncio.get_running_loop().time() - times[0]) / (len(times) - 1)
+        return min(LONGEST_RETRY_S, max(RETRY_AFTER_S, each_s * (self.queued + 1)))

@@ -25,6 +25,13 @@ OPEN_TIMEOUT_S = 5.0
 log = get_logger(__name__)
 
 
+class Retracted(MeshError):
+    """Decode gave the sequence's pages to others: it goes on in another attempt, from the tokens it has."""
+
+    def __init__(self, worker_id: str) -> None:
+        super().__init__(Reason.OVERLOADED, f"worker {worker_id} ran out of pages and retracted the sequence")
+
+
 class Rooms:
     """The attempts that have an open room, by room id: where bootstrap's room ends go."""
 
@@ -48,6 +55,8 @@ class Attempt:
 
     `run` returns when the sequence is finished and raises `MeshError` when it failed; either way, and when it is
     cancelled, nothing of it is left on the workers and its room is closed. Deltas go to `deliver` as they come.
+    The output goes on from what `output` holds of earlier attempts. Raises `Retracted` when decode ran out of pages.
+    `admit_by` (the event loop's time) bounds the wait for decode's reservation.
     """
 
     def __init__(
@@ -57,12 +66,14 @@ class Attempt:
         request: GenerationRequest,
         output: SequenceOutput,
         deliver: Callable[[Delta], None],
+        admit_by: float | None = None,
     ) -> None:
         self.number = number
         self.route = route
         self.request = request
         self.output = output
         self._deliver = deliver
+        self._admit_by = admit_by
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ticket: Ticket | None = None
         self._prefill_leg = PrefillLeg(self)
@@ -93,6 +104,10 @@ class Attempt:
         if event.WhichOneof("event") == "failed":
             self.fail(failure(event.failed))
             return
+        if event.WhichOneof("event") == "retracted":
+            self.route.decode.forget(event.sequence_id)
+            self.fail(Retracted(self.route.decode.worker_id))
+            return
         try:
             delta = self.output.accept(event.tokens)
         except MeshError as error:
@@ -116,47 +131,50 @@ class Attempt:
     def _open_room(self) -> OpenRoom:
         prefill, request, index = self.route.prefill, self.request, self.output.index
         assert prefill is not None
-        left_s = request.deadline - asyncio.get_running_loop().time()
-        deadline = Timestamp()
-        deadline.FromNanoseconds(round((time.time() + left_s) * 1e9))
+        output = len(self.output.token_ids)
         return OpenRoom(
             request_id=request.request_id,
             index=index,
             attempt=self.number,
             prefill_worker_id=prefill.worker_id,
             decode_worker_id=self.route.decode.worker_id,
-            prompt_tokens=len(request.prompt_of(index)),
-            max_new_tokens=request.max_new_tokens_of(index),
-            deadline=deadline,
+            prompt_tokens=len(request.prompt_of(index)) + output,
+            max_new_tokens=request.max_new_tokens_of(index) - output,
+            deadline=timestamp_of(request.deadline),
+            admission_deadline=None if self._admit_by is None else timestamp_of(self._admit_by),
         )
 
     def _start_legs(self) -> None:
         """Both at once: decode reserves pages while prefill computes."""
         request, index = self.request, self.output.index
         prompt, sampling = request.prompt_of(index), request.sampling_of(index)
+        output_ids = list(self.output.token_ids)
         ticket = ticket_to(self._ticket) if self._ticket else None
         name = f"{request.request_id}/{index}"
 
         def decode(sequence_id: int) -> DecodeCommand:
             start = DecodeStart(sequence_id=sequence_id, ticket=ticket, request_id=name)
             start.prompt_ids.extend(prompt)
+            start.output_ids.extend(output_ids)
             start.sampling.CopyFrom(sampling)
             return DecodeCommand(start=start)
 
         def prefill(sequence_id: int) -> PrefillCommand:
             start = PrefillStart(sequence_id=sequence_id, ticket=ticket, request_id=name)
             start.prompt_ids.extend(prompt)
+            start.output_ids.extend(output_ids)
             start.sampling.CopyFrom(sampling)
             return PrefillCommand(start=start)
 
         self._decode_id = self.route.decode.start(decode, self)
+        self.route.decode.account.sent(self.route.spend, self._decode_id)
         if self.route.prefill is not None:
             self._prefill_id = self.route.prefill.start(prefill, self._prefill_leg)
 
     def _release(self, session: RouterSession, rooms: Rooms) -> None:
         """Stop whatever still runs. Aborts have no effect on a leg that has ended."""
         error = self._error()
-        finished = bool(self.output.finish) and error is None
+        finished = isinstance(error, Retracted) or (bool(self.output.finish) and error is None)
         if self._decode_id is not None:
             self.route.decode.abort(self._decode_id)  # finished by a stop string, decode still runs
         if self._prefill_id is not None and self.route.prefill is not None:
@@ -196,6 +214,14 @@ class PrefillLeg:
 
     def on_lost(self, error: MeshError) -> None:
         self._attempt.fail(error)
+
+
+def timestamp_of(at: float) -> Timestamp:
+    """The time of day at `at` of the event loop's time."""
+    left_s = at - asyncio.get_running_loop().time()
+    timestamp = Timestamp()
+    timestamp.FromNanoseconds(round((time.time() + left_s) * 1e9))
+    return timestamp
 
 
 def failure(failed: SequenceFailed) -> MeshError:

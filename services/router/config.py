@@ -28,15 +28,25 @@ class RouterConfig:
     request_timeout_secs: float = flag(600.0, "Deadline of a request that brings none.")
     max_payload_size: int = flag(4 << 20, "Most bytes of a request body.")
     max_concurrent_requests: int = flag(1024, "Requests that run at once; more wait in the queue.")
-    queue_size: int = flag(4096, "Requests that wait; more are refused as overloaded.")
-    queue_timeout_secs: float = flag(60.0, "Longest wait in the queue; then the request is refused as overloaded.")
+    max_queued_requests: int = flag(
+        4096,
+        "Requests that wait for a place or for decode's credit; more are refused as overloaded.",
+        env=("PDMESH_QUEUE_SIZE",),
+        aliases=("--queue-size",),
+    )
+    queue_timeout: float = flag(
+        60.0,
+        "Most seconds in the queue; then the request is refused as overloaded.",
+        env=("PDMESH_QUEUE_TIMEOUT_SECS",),
+        aliases=("--queue-timeout-secs",),
+    )
     drain_timeout: float = flag(30.0, "Seconds that running requests get to finish after SIGTERM.")
 
     def __post_init__(self) -> None:
         for name in ("request_timeout_secs", "max_payload_size", "max_concurrent_requests"):
             if getattr(self, name) <= 0:
                 raise bad(f"--{name.replace('_', '-')}: must be above 0")
-        for name in ("queue_size", "queue_timeout_secs", "drain_timeout"):
+        for name in ("max_queued_requests", "queue_timeout", "drain_timeout"):
             if getattr(self, name) < 0:
                 raise bad(f"--{name.replace('_', '-')}: must not be negative")
         for name in ("port", "grpc_port"):

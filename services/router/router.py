@@ -51,7 +51,10 @@ class Router:
         self._on_change = on_change
         self._log_requests = log_requests
         self._rooms = Rooms()
-        self._admission = Admission(config.max_concurrent_requests, config.queue_size, config.queue_timeout_secs)
+        self._admission = Admission(
+            self.pool, config.max_concurrent_requests, config.max_queued_requests, config.queue_timeout
+        )
+        self.pool.on_credit = self._admission.admit
         self._requests: dict[str, Generation] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -99,19 +102,14 @@ class Router:
         """
         self._check_open(request.request_id)
         watch = Stopwatch(request)
-        generation = Generation(request, self.pool, self.session, self._rooms)
+        generation = Generation(request, self._admission, self.session, self._rooms)
         self._requests[request.request_id] = generation
         self._idle.clear()
         try:
-            async with self._admission.slot(request.deadline):
-                metrics.RUNNING.inc()
-                try:
-                    async with aclosing(generation.deltas()) as deltas:
-                        async for delta in deltas:
-                            watch.saw(delta)
-                            yield delta
-                finally:
-                    metrics.RUNNING.dec()
+            async with aclosing(generation.deltas()) as deltas:
+                async for delta in deltas:
+                    watch.saw(delta)
+                    yield delta
             watch.ended("ok", self._log_requests)
         except MeshError as error:
             watch.ended(error.reason.lower(), self._log_requests)
@@ -121,12 +119,13 @@ class Router:
             watch.ended("cancelled", self._log_requests)
             raise
         finally:
+            self._admission.ended(request.request_id)
             del self._requests[request.request_id]
             if not self._requests:
                 self._idle.set()
 
     def abort(self, request_id: str) -> bool:
-        """Abort a request; False when there is none. One that waits for a slot ends when it gets one."""
+        """Abort a request; False when there is none."""
         if (generation := self._requests.get(request_id)) is None:
             return False
         generation.abort()
@@ -178,6 +177,7 @@ class Router:
         return ""
 
     def _changed(self) -> None:
+        self._admission.workers_changed()
         metrics.READY.set(not self.not_ready())
         if self._on_change:
             self._on_change()

@@ -22,13 +22,18 @@ class SequenceOutput:
 
     def __init__(self, request: GenerationRequest, index: int) -> None:
         self.index = index
-        self.tokens = 0
+        self.token_ids: list[int] = []
         self.cached_tokens = 0
         self.finish: types_pb2.FinishReason.ValueType = RUNNING
         self._min_new_tokens = request.sampling.min_new_tokens
         self._stop = StopMatcher(request.sampling.stop) if request.sampling.stop else None
         prompt = request.prompt_of(index)
         self._detokenizer = Detokenizer(request.tokenizer, prompt) if request.tokenizer else None
+
+    @property
+    def tokens(self) -> int:
+        """How many there are so far."""
+        return len(self.token_ids)
 
     def accept(self, news: SequenceTokens) -> Delta:
         """The delta that new tokens make. Raises `MeshError` (INTERNAL) if tokens were lost on the way."""
@@ -43,7 +48,7 @@ class SequenceOutput:
         elif self._detokenizer:
             delta.text = self._detokenizer.feed(self._spoken(delta.token_ids))
             delta.text += self._detokenizer.flush() if self.finish else ""
-        self.tokens += len(delta.token_ids)
+        self.token_ids += delta.token_ids
         delta.finish = self.finish
         return delta
 

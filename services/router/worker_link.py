@@ -13,12 +13,14 @@ import grpc
 
 from common.config.tls import Credentials
 from common.errors.base import MeshError, Reason
+from common.mesh.credit import Credit
 from common.mesh.outbox import Outbox
 from common.obs.log import get_logger
 from common.rpc.channel import connect
 from pdmesh.v1 import decode_service_pb2, prefill_service_pb2, types_pb2
 from pdmesh.v1.decode_service_pb2_grpc import DecodeServiceStub
 from pdmesh.v1.prefill_service_pb2_grpc import PrefillServiceStub
+from services.router.credits import CreditAccount
 
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.05, 2.0
 
@@ -119,6 +121,12 @@ class WorkerLink(ABC, Generic[Command, Event]):
     def abort_command(self, sequence_id: int) -> Command:
         """The command that stops a sequence."""
 
+    def on_worker_event(self, event: Event) -> None:
+        """News of the worker itself."""
+
+    def on_stream(self, up: bool) -> None:
+        """The stream is up, or has broken."""
+
     # ---------------------------------------------------------------------------------- of the stream
 
     async def _run(self) -> None:
@@ -144,6 +152,8 @@ class WorkerLink(ABC, Generic[Command, Event]):
                 for event in response.events:
                     if (sink := self._sinks.get(event.sequence_id)) is not None:
                         sink.on_event(event)
+                    elif not event.sequence_id:
+                        self.on_worker_event(event)
         except grpc.aio.AioRpcError as error:
             return error.details() or error.code().name
         finally:
@@ -165,12 +175,14 @@ class WorkerLink(ABC, Generic[Command, Event]):
 
     def _connected(self) -> None:
         self.connected = True
+        self.on_stream(True)
         self._last_error = ""
         log.info("link up", worker=self.worker_id, address=self.record.address)
         self._on_change()
 
     def _disconnected(self, problem: str) -> None:
         was, self.connected = self.connected, False
+        self.on_stream(False)
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
             sink.on_lost(self._lost(problem))
@@ -205,7 +217,32 @@ class PrefillLink(WorkerLink[PrefillCommand, PrefillEvent]):
 
 
 class DecodeLink(WorkerLink[DecodeCommand, DecodeEvent]):
-    """To a decode or unified worker."""
+    """To a decode or unified worker. `on_credit` is called whenever the worker has published new credit."""
+
+    on_credit: Callable[[], None] | None = None
+
+    def __init__(self, record: types_pb2.Worker, on_change: Callable[[], None], tls: Credentials | None = None) -> None:
+        self.account = CreditAccount()
+        super().__init__(record, on_change, tls)
+
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens that its whole KV pool holds; 0 when it does not tell."""
+        return self.record.pool_pages * self.record.kv_layout.page_size
+
+    def on_worker_event(self, event: DecodeEvent) -> None:
+        if event.HasField("credit"):
+            self._publish(event.credit.credit, event.credit.last_start)
+
+    def on_stream(self, up: bool) -> None:
+        self.account.forget()
+        if up and self.record.load.HasField("credit"):
+            self._publish(self.record.load.credit, 0)  # until the stream's first word
+
+    def _publish(self, credit: types_pb2.Credit, last_start: int) -> None:
+        self.account.publish(credit_from(credit, self.record.kv_layout.page_size), last_start)
+        if self.on_credit:
+            self.on_credit()
 
     def open(self, channel: grpc.aio.Channel) -> Any:
         return DecodeServiceStub(channel).Session(wait_for_ready=True)
@@ -215,3 +252,7 @@ class DecodeLink(WorkerLink[DecodeCommand, DecodeEvent]):
 
     def abort_command(self, sequence_id: int) -> DecodeCommand:
         return DecodeCommand(abort=decode_service_pb2.DecodeAbort(sequence_id=sequence_id))
+
+
+def credit_from(message: types_pb2.Credit, page_size: int) -> Credit:
+    return Credit(message.pages, message.sequences, message.limit_pages, message.reserved_tokens, page_size)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from common.config.tls import Credentials
-from common.errors.base import MeshError, Reason
+from common.mesh.credit import Credit
 from pdmesh.v1 import types_pb2
+from services.router.credits import Spend
+from services.router.passing import Need
 from services.router.policy.base import Policy
 from services.router.request import GenerationRequest
 from services.router.worker_link import DecodeLink, PrefillLink
@@ -23,17 +25,20 @@ LinkT = TypeVar("LinkT", PrefillLink, DecodeLink)
 
 @dataclass(frozen=True)
 class Route:
-    """Who serves a sequence. Without `prefill`, `decode` is a unified worker."""
+    """Who serves a sequence, and the credit that it took. Without `prefill`, `decode` is a unified worker."""
 
     prefill: PrefillLink | None
     decode: DecodeLink
+    spend: Spend
 
 
 class WorkerPool:
     """A link to every worker in bootstrap's view, and the policies that choose among them.
 
-    `on_change` is called whenever a route may have come or gone.
+    `on_change` is called whenever a route may have come or gone, `on_credit` when a worker has published credit.
     """
+
+    on_credit: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -59,21 +64,27 @@ class WorkerPool:
                 link.record = record
         for worker_id, record in workers.items():
             if alive(record) and worker_id not in self._links:
-                prefill = record.role == types_pb2.WORKER_ROLE_PREFILL
-                self._links[worker_id] = (PrefillLink if prefill else DecodeLink)(record, self._on_change, self._tls)
+                self._links[worker_id] = self._connect(record)
         self._on_change()
 
-    def choose(self, request: GenerationRequest) -> Route:
-        """A pair, or a unified worker, for one sequence. Raises `MeshError` (NO_WORKER) when there is none."""
-        prefills, decodes = self.candidates(request.model.name)
-        if not decodes:
-            message = f"no worker is ready to serve {request.model.name}: {self.lacking(request.model.name)}"
-            raise MeshError(Reason.NO_WORKER, message, retry_after_s=RETRY_AFTER_S)
-        decode = self._decode_policy.choose(decodes, request)
+    def decodes(self, model: str) -> list[DecodeLink]:
+        """Decode and unified workers that can take a sequence of a model."""
+        return self.candidates(model)[1]
+
+    def offers(self, model: str) -> dict[str, Credit | None]:
+        """What each of them can still be given."""
+        return {link.worker_id: link.account.credit for link in self.decodes(model)}
+
+    def route(self, request: GenerationRequest, need: Need, decodes: Sequence[str]) -> Route:
+        """A pair, or a unified worker: one of `decodes`, which were offered, its credit spent for `need`."""
+        prefills, candidates = self.candidates(request.model.name)
+        decode = self._decode_policy.choose([link for link in candidates if link.worker_id in decodes], request)
+        spend = decode.account.spend(need.tokens, need.remaining)
         if is_unified(decode.record):
-            return Route(None, decode)
+            return Route(None, decode, spend)
         partners = [link for link in prefills if pairing(link.record) == pairing(decode.record)]
-        return Route(self._prefill_policy.choose(partners, request), decode)
+        partners = [link for link in partners if link.worker_id not in need.avoid] or partners
+        return Route(self._prefill_policy.choose(partners, request), decode, spend)
 
     def candidates(self, model: str) -> tuple[list[PrefillLink], list[DecodeLink]]:
         """Available workers of a model: prefill workers, and such decode workers as have one or need none."""
@@ -107,6 +118,13 @@ class WorkerPool:
             for link in self._links.values()
             if isinstance(link, kind) and link.available and link.record.model.served_model_name == model
         ]
+
+    def _connect(self, record: types_pb2.Worker) -> Link:
+        if record.role == types_pb2.WORKER_ROLE_PREFILL:
+            return PrefillLink(record, self._on_change, self._tls)
+        link = DecodeLink(record, self._on_change, self._tls)
+        link.on_credit = self.on_credit
+        return link
 
     def _close(self, link: Link) -> None:
         task = asyncio.create_task(link.close(), name=f"close {link.worker_id}")

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import ssl
-import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,10 +16,9 @@ from services.bootstrap.store.etcd_client import EtcdClient
 from services.bootstrap.store.etcd_server import EtcdServer
 from services.bootstrap.store.registry import make_store
 from tests.certificates import Authority
+from tests.etcd_login import PASSWORD, need_password
 
 pytestmark = pytest.mark.contract
-
-PASSWORD = "p@ss:word"
 
 
 @pytest.fixture
@@ -41,22 +36,6 @@ async def etcd(authority: Authority) -> AsyncIterator[EtcdServer]:
         yield server
     finally:
         await server.stop()
-
-
-def need_password(server: EtcdServer, authority: Authority) -> None:
-    admin = authority.issue("admin", "admin.example")
-    context = ssl.create_default_context(cafile=admin.ca)
-    context.load_cert_chain(admin.cert, admin.key)
-
-    def post(path: str, body: dict[str, Any]) -> None:
-        url = f"https://{server.endpoint}/v3/auth/{path}"
-        request = urllib.request.Request(url, json.dumps(body).encode())
-        urllib.request.urlopen(request, timeout=10, context=context).close()
-
-    post("user/add", {"name": "root", "password": PASSWORD})
-    post("role/add", {"name": "root"})
-    post("user/grant", {"user": "root", "role": "root"})
-    post("enable", {})
 
 
 async def write_and_read(spec: str, mesh: TlsConfig, etcd_tls: EtcdTlsConfig) -> bytes | None:

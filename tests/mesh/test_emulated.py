@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
+from common.cli.launch import wait_serving
 from common.engine.emulated_times import DecodeTimes, PrefillTimes, Times, TransferTimes
-from tests.mesh.harness import Client, Mesh, Result, running, wait_until
+from common.rpc.announce import READY_FD, Listening, parse
+from pdmesh.v1 import bootstrap_service_pb2 as bootstrap_pb
+from pdmesh.v1 import bootstrap_service_pb2_grpc as bootstrap_grpc
+from pdmesh.v1 import types_pb2 as pb
+from tests.mesh.harness import STOP_TIMEOUT_S, Client, Mesh, Result, running, wait_until
 
 pytestmark = pytest.mark.mesh
 
@@ -96,3 +107,95 @@ async def test_an_abort_is_heard_during_a_long_step(tmp_path: Path) -> None:
 
 def any_reserved(mesh: Mesh) -> bool:
     return any(pages["reserved"] for pages in mesh.pages())
+
+
+# ------------------------------------------------------------------------------------- many in one process
+
+WORKERS = 24
+HEARTBEATS = ("--disaggregation-heartbeat-interval", "0.3", "--disaggregation-heartbeat-max-failure", "2")
+
+
+@pytest.fixture(scope="module")
+def bootstrap() -> Iterator[str]:
+    with process("bootstrap", "--port", "0", "--metrics-port", "0", *HEARTBEATS) as (_, listening):
+        yield str(listening.grpc)
+
+
+@pytest.fixture(scope="module")
+def crowd(bootstrap: str) -> Iterator[subprocess.Popen[bytes]]:
+    flags = ("--workers", str(WORKERS), "--emulated-preset", "zero", "--bootstrap", bootstrap)
+    with process("emulate", *flags) as (emulate, _):
+        yield emulate
+
+
+async def workers_of(bootstrap: str, role: pb.WorkerRole.ValueType) -> list[pb.Worker]:
+    async with grpc.aio.insecure_channel(bootstrap) as channel:
+        stub: bootstrap_grpc.BootstrapServiceAsyncStub = bootstrap_grpc.BootstrapServiceStub(channel)
+        return list((await stub.ListWorkers(bootstrap_pb.ListWorkersRequest(role=role), timeout=10)).workers)
+
+
+async def test_many_workers_in_one_process_serve(bootstrap: str, crowd: subprocess.Popen[bytes]) -> None:
+    prefills, decodes = [await workers_of(bootstrap, role) for role in (pb.WORKER_ROLE_PREFILL, pb.WORKER_ROLE_DECODE)]
+    assert len(prefills) == len(decodes) == WORKERS // 2
+    assert len({worker.address for worker in (*prefills, *decodes)}) == WORKERS
+    assert not children(crowd.pid)
+    policies = ("--prefill-policy", "round_robin", "--decode-policy", "round_robin")
+    with process("router", "--bootstrap", bootstrap, "--port", "0", "--grpc-port", "0", *policies) as (_, listening):
+        await wait_serving(str(listening.grpc))
+        async with Client(str(listening.grpc)) as client:
+            sampling = {"max_new_tokens": NEW_TOKENS, "temperature": 1.0, "seed": 3}
+            results = await client.generate_all([PROMPT] * 3 * WORKERS, **sampling)
+    assert len({tuple(result.token_ids) for result in results}) == 1
+    assert {result.finish for result in results} == {"length"}
+    assert len(results[0].token_ids) == NEW_TOKENS
+    for _ in range(500):
+        ledgers = [worker.load.ledger for worker in await workers_of(bootstrap, pb.WORKER_ROLE_UNSPECIFIED)]
+        if all(ledger.free and not (ledger.reserved or ledger.in_use or ledger.quarantined) for ledger in ledgers):
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"not at rest: {ledgers}")
+
+
+@pytest.mark.fault
+async def test_a_worker_that_falls_silent_is_offline_soon_and_the_others_are_not(
+    bootstrap: str, crowd: subprocess.Popen[bytes]
+) -> None:
+    """How soon exactly is the benchmark's (`benchmarks/emulated_scale.py`); here it is a bound that noise keeps."""
+    flags = ("--workers", "1", "--role", "unified", "--emulated-preset", "zero", "--bootstrap", bootstrap)
+    with process("emulate", *flags) as (emulate, _):
+        emulate.send_signal(signal.SIGSTOP)
+        for _ in range(500):
+            (worker,) = await workers_of(bootstrap, pb.WORKER_ROLE_UNIFIED)
+            if worker.state == pb.WORKER_STATE_OFFLINE:
+                break
+            await asyncio.sleep(0.02)
+        assert worker.state == pb.WORKER_STATE_OFFLINE
+        others = await workers_of(bootstrap, pb.WORKER_ROLE_PREFILL)
+        assert all(worker.state != pb.WORKER_STATE_OFFLINE for worker in others)
+        emulate.send_signal(signal.SIGCONT)
+
+
+def test_a_crowd_that_cannot_register_says_why() -> None:
+    flags = ("--workers", "3", "--bootstrap", "127.0.0.1:1", "--bootstrap-connect-timeout", "0.2")
+    command = [sys.executable, "-m", "common.cli.main", "emulate", *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("pdmesh: BOOTSTRAP_UNREACHABLE: no bootstrap answered at")
+
+
+@contextlib.contextmanager
+def process(command: str, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], Listening]]:
+    """`pdmesh COMMAND FLAGS`, once it has announced itself, until the block ends."""
+    reader, writer = os.pipe()
+    started = subprocess.Popen(
+        [sys.executable, "-m", "common.cli.main", command, "--log-level", "warning", *flags],
+        env={**os.environ, READY_FD: str(writer)},
+        pass_fds=(writer,),
+    )
+    os.close(writer)
+    try:
+        with os.fdopen(reader) as file:
+            yield started, parse(file.readline())
+    finally:
+        started.terminate()
+        assert started.wait(STOP_TIMEOUT_S) == 0

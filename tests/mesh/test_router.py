@@ -257,7 +257,7 @@ async def test_requests_can_be_aborted_by_id(unified: Scripted, client: Client) 
 
 
 async def test_admission_is_bounded(tmp_path: Path) -> None:
-    async with scripted(tmp_path, "unified", max_concurrent_requests=1, queue_size=1) as mesh:
+    async with scripted(tmp_path, "unified", max_concurrent_requests=1, max_queued_requests=1) as mesh:
         worker = mesh.workers["unified"]
         worker.script = stalling()
         async with Client(mesh.grpc) as client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import ssl
@@ -18,12 +19,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.cli.default_model import default_model_path
 from common.config.tls import Credentials
+from common.mesh.router_session import RouterSession
 from common.rpc.channel import connect
 from pdmesh.etcd.v1 import etcd_pb2
 from pdmesh.v1 import router_service_pb2_grpc as router_grpc
 from pdmesh.v1.bootstrap_service_pb2 import ListWorkersRequest
 from pdmesh.v1.bootstrap_service_pb2_grpc import BootstrapServiceStub
+from services.bootstrap.config import BootstrapConfig
+from services.bootstrap.main import Bootstrap
+from services.bootstrap.store.etcd_server import EtcdServer
 from tests.certificates import Authority, Files
+from tests.etcd_login import PASSWORD, need_password
 from tests.mesh.harness import Mesh, request_of, running
 
 pytestmark = [pytest.mark.mesh, pytest.mark.slow]
@@ -83,6 +89,7 @@ def test_https_answers(mesh: Mesh, authority: Authority) -> None:
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
     )
+    assert f"HTTP       {url}\n" in mesh.log.read_text()
     trusting = ssl.create_default_context(cafile=authority.ca)
     with urllib.request.urlopen(request, timeout=120, context=trusting) as response:
         assert json.loads(response.read())["choices"][0]["text"].strip() == "579"
@@ -95,6 +102,15 @@ def test_the_command_line_answers_with_a_certificate_alone(mesh: Mesh, client: F
     refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 1
     assert f"no router answers at {mesh.grpc} in plain text" in refused.stderr
+
+
+def test_the_commands_for_operators_answer_with_a_certificate_alone(mesh: Mesh, client: Files) -> None:
+    address = mesh.of("bootstrap")[0]["grpc"]
+    command = [sys.executable, "-m", "common.cli.main", "workers", "--json", "--bootstrap", address]
+    asked = subprocess.run([*command, *client.flags], capture_output=True, text=True, timeout=120)
+    assert asked.returncode == 0, asked.stderr
+    assert len(json.loads(asked.stdout)) == 3
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 1
 
 
 async def test_every_port_answers_a_peer_of_its_authority(ports: dict[str, str], client: Files) -> None:
@@ -130,6 +146,51 @@ async def test_what_bootstrap_keeps_is_in_etcd(ports: dict[str, str], client: Fi
     keys = b" ".join(entry.key for entry in found.kvs)
     assert len(workers) == 3
     assert all(worker.worker_id.encode() in keys for worker in workers)
+
+
+async def test_a_mesh_on_an_etcd_with_certificates_and_a_password(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The password stands in no log and on no command line, which every user of the machine can read.
+
+    The mesh's certificate bears a name instead of addresses here; etcd's is checked by address all the same.
+    """
+    server = EtcdServer(tls=authority.issue("etcd").config)
+    await server.start()
+    try:
+        await asyncio.to_thread(need_password, server, authority)
+        monkeypatch.setenv("PDMESH_STORE", f"etcds://root:{PASSWORD}@{server.endpoint}")
+        service = authority.issue("named", "mesh.example")
+        with running("--unified", "1", *service.flags, "--tls-server-name", "mesh.example") as mesh:
+            async with connect(mesh.grpc, service.credentials("mesh.example")) as channel:
+                router: router_grpc.RouterServiceAsyncStub = router_grpc.RouterServiceStub(channel)
+                call = router.Generate(request_of("1 + 2 =", temperature=0.0), timeout=120)
+                assert "".join([response.text async for response in call]).strip() == "3"
+            pids = [mesh.supervisor.pid, *(process["pid"] for process in mesh.processes)]
+            shown = b"".join([mesh.log.read_bytes(), *map(command_line, pids)])
+            assert b"etcd reached" in shown
+            assert PASSWORD.encode() not in shown
+    finally:
+        await server.stop()
+
+
+async def test_sessions_by_ipv6(authority: Authority) -> None:
+    tls = authority.issue("service").credentials()
+    bootstrap = Bootstrap(BootstrapConfig(host="::1", port=0), tls=tls)
+    session = RouterSession(bootstrap.address, tls=tls)
+    try:
+        await bootstrap.start()
+        await bootstrap.serve()
+        session.start()
+        await asyncio.wait_for(session.ready.wait(), 30)
+        assert bootstrap.address.startswith("[::1]:")
+    finally:
+        await session.close()
+        await bootstrap.stop()
+
+
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 @pytest.mark.parametrize("role", ["bootstrap", "prefill", "decode", "unified", "router", "up"])

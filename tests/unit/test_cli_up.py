@@ -104,11 +104,11 @@ async def test_what_the_user_gave_goes_to_who_knows_it() -> None:
 
 async def test_one_file_holds_settings_of_all(tmp_path: Path) -> None:
     file = tmp_path / "mesh.toml"
-    file.write_text("prefill = 2\npage-size = 8\nqueue-size = 5\nstore = 'etcd'\n")
+    file.write_text("prefill = 2\npage-size = 8\nmax-queued-requests = 5\nstore = 'etcd'\n")
     mesh = await plan("--config", str(file))
     assert mesh.config.counts["prefill"] == 2
     assert read_back(WorkerConfig, mesh.worker_flags(0, "a", "")).engine.page_size == 8
-    assert read_back(RouterProcessConfig, mesh.flags(RouterProcessConfig)).router.queue_size == 5
+    assert read_back(RouterProcessConfig, mesh.flags(RouterProcessConfig)).router.max_queued_requests == 5
 
 
 @pytest.mark.parametrize("flag", ["--bootstrap", "--worker-id", "--metrics-port"])

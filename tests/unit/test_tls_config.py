@@ -58,6 +58,12 @@ def test_good_files_are_read(authority: Authority) -> None:
     assert credentials.expires_at == pytest.approx(time() + 7 * 86400, abs=3600)
 
 
+def test_comments_in_the_files_are_no_matter(files: Files) -> None:
+    for path in (files.cert, files.ca):
+        Path(path).write_bytes("subject=O = Zürich\n".encode() + Path(path).read_bytes())
+    assert load(files.config)
+
+
 def test_without_authorities_the_certificate_vouches_for_itself(files: Files) -> None:
     credentials = load(TlsConfig(files.cert, files.key))
     assert credentials

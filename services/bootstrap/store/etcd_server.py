@@ -152,8 +152,9 @@ def client_context(tls: TlsConfig) -> ssl.SSLContext | None:
     """For the health page alone: whether the certificate bears the right name is told by the first real call."""
     if not (tls.tls_cert and tls.tls_ca):
         return None
-    context = ssl.create_default_context(cafile=tls.tls_ca)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
+    context.load_verify_locations(tls.tls_ca)
     context.load_cert_chain(tls.tls_cert, tls.tls_key)
     return context
 

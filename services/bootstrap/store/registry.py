@@ -9,7 +9,9 @@ from services.bootstrap.store.base import Store
 TLS_SCHEMES = ("etcds", "https")
 
 
-def make_store(spec: str, mesh_tls: TlsConfig = NO_TLS, etcd_tls: EtcdTlsConfig = NO_ETCD_TLS) -> Store:
+def make_store(
+    spec: str, mesh_tls: TlsConfig = NO_TLS, etcd_tls: EtcdTlsConfig = NO_ETCD_TLS, *, lease_ttl_s: int = 3
+) -> Store:
     """`memory`, `etcd` (a private one on loopback) or `etcd://[user:password@]host:port[,host:port…]`.
 
     `etcds://` (or `https://`) is the same over TLS, with `etcd_tls` and what `mesh_tls` adds to it. A private etcd
@@ -29,10 +31,10 @@ def make_store(spec: str, mesh_tls: TlsConfig = NO_TLS, etcd_tls: EtcdTlsConfig 
 
         if spec == "etcd":
             mutual = mesh_tls if mesh_tls.tls_ca else NO_TLS
-            return EtcdStore(EtcdClient([], tls=load(mutual)), EtcdServer(tls=mutual))
+            return EtcdStore(EtcdClient([], tls=load(mutual)), EtcdServer(tls=mutual), lease_ttl_s=lease_ttl_s)
         user, password, endpoints = parse_etcd(spec)
         tls = load_etcd(etcd_tls, mesh_tls) if scheme in TLS_SCHEMES else None
-        return EtcdStore(EtcdClient(endpoints, user=user, password=password, tls=tls))
+        return EtcdStore(EtcdClient(endpoints, user=user, password=password, tls=tls), lease_ttl_s=lease_ttl_s)
     shown = spec.rpartition("@")[2]  # what stands before it may be a password
     raise bad(f"--store: {shown!r} is not memory, etcd or etcd[s]://host:port[,host:port...]")
 

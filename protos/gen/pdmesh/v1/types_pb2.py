@@ -22,58 +22,61 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15pdmesh/v1/types.proto\x12\tpdmesh.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa6\x04\n\x0eSamplingParams\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x02H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x11\n\x04seed\x18\r \x01(\x04H\t\x88\x01\x01\x12\x0e\n\x01n\x18\x0e \x01(\rH\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x0b\x88\x01\x01\x42\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\x07\n\x05_seedB\x04\n\x02_nB\x0b\n\t_logprobs\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"^\n\rTokenLogprobs\x12\'\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x17.pdmesh.v1.TokenLogprob\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.pdmesh.v1.TokenLogprob\"\x8a\x01\n\x08KvLayout\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12\x11\n\tpage_size\x18\x06 \x01(\r\x12\x12\n\npage_bytes\x18\x07 \x01(\x04\"\xa9\x01\n\tModelInfo\x12\x19\n\x11served_model_name\x18\x01 \x01(\t\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12,\n\x08ready_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"A\n\x0cRankEndpoint\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x12\n\ndescriptor\x18\x03 \x01(\x0c\"\x9f\x01\n\nWorkerLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\r\x12!\n\x06ledger\x18\x04 \x01(\x0b\x32\x11.pdmesh.v1.Ledger\x12!\n\x06\x63redit\x18\x05 \x01(\x0b\x32\x11.pdmesh.v1.Credit\x12\x11\n\tretracted\x18\x06 \x01(\x04\"X\n\x06\x43redit\x12\r\n\x05pages\x18\x01 \x01(\x05\x12\x11\n\tsequences\x18\x02 \x01(\x05\x12\x13\n\x0blimit_pages\x18\x03 \x01(\r\x12\x17\n\x0freserved_tokens\x18\x04 \x01(\r\"]\n\x06Ledger\x12\x0c\n\x04\x66ree\x18\x01 \x01(\r\x12\x10\n\x08reserved\x18\x02 \x01(\r\x12\x0e\n\x06in_use\x18\x03 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\r\x12\x13\n\x0bquarantined\x18\x05 \x01(\r\"\x8a\x03\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12#\n\x04role\x18\x03 \x01(\x0e\x32\x15.pdmesh.v1.WorkerRole\x12%\n\x05state\x18\x04 \x01(\x0e\x32\x16.pdmesh.v1.WorkerState\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12#\n\x05model\x18\x06 \x01(\x0b\x32\x14.pdmesh.v1.ModelInfo\x12&\n\tkv_layout\x18\x07 \x01(\x0b\x32\x13.pdmesh.v1.KvLayout\x12*\n\tendpoints\x18\x08 \x03(\x0b\x32\x17.pdmesh.v1.RankEndpoint\x12\x1c\n\x14max_running_requests\x18\t \x01(\r\x12#\n\x04load\x18\n \x01(\x0b\x32\x15.pdmesh.v1.WorkerLoad\x12\x31\n\rregistered_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\npool_pages\x18\x0c \x01(\r\"9\n\x06Ticket\x12\x0f\n\x07room_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"0\n\x06\x45xtent\x12\x12\n\nfirst_page\x18\x01 \x01(\r\x12\x12\n\npage_count\x18\x02 \x01(\r\"`\n\x0fRankReservation\x12)\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x17.pdmesh.v1.RankEndpoint\x12\"\n\x07\x65xtents\x18\x02 \x03(\x0b\x32\x11.pdmesh.v1.Extent\"L\n\x0bReservation\x12)\n\x05ranks\x18\x01 \x03(\x0b\x32\x1a.pdmesh.v1.RankReservation\x12\x12\n\nfrom_token\x18\x02 \x01(\r\"\xbd\x04\n\x04Room\x12!\n\x06ticket\x18\x01 \x01(\x0b\x32\x11.pdmesh.v1.Ticket\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\r\x12\x19\n\x11prefill_worker_id\x18\x04 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x05 \x01(\t\x12#\n\x05state\x18\x06 \x01(\x0e\x32\x14.pdmesh.v1.RoomState\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x0f\n\x07message\x18\x08 \x01(\t\x12-\n\topened_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nchanged_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x0breservation\x18\x0b \x01(\x0b\x32\x16.pdmesh.v1.Reservation\x12\x15\n\rprompt_tokens\x18\x0c \x01(\r\x12\x16\n\x0emax_new_tokens\x18\r \x01(\r\x12\x36\n\x12\x61\x64mission_deadline\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10request_deadline\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bquarantined\x18\x10 \x01(\x08\x12!\n\x06writer\x18\x11 \x01(\x0b\x32\x11.pdmesh.v1.Writer\x12\x13\n\x0b\x64\x65\x63ode_lost\x18\x12 \x01(\x08\"C\n\x06Writer\x12*\n\tendpoints\x18\x01 \x03(\x0b\x32\x17.pdmesh.v1.RankEndpoint\x12\r\n\x05\x65poch\x18\x02 \x01(\x04*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03*s\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x17\n\x13WORKER_ROLE_UNIFIED\x10\x03*\x92\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_READY\x10\x01\x12\x18\n\x14WORKER_STATE_SUSPECT\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x18\n\x14WORKER_STATE_OFFLINE\x10\x04*\xb3\x01\n\tRoomState\x12\x1a\n\x16ROOM_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18ROOM_STATE_BOOTSTRAPPING\x10\x01\x12 \n\x1cROOM_STATE_WAITING_FOR_INPUT\x10\x02\x12\x1b\n\x17ROOM_STATE_TRANSFERRING\x10\x03\x12\x16\n\x12ROOM_STATE_SUCCESS\x10\x04\x12\x15\n\x11ROOM_STATE_FAILED\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15pdmesh/v1/types.proto\x12\tpdmesh.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa6\x04\n\x0eSamplingParams\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x02H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x11\n\x04seed\x18\r \x01(\x04H\t\x88\x01\x01\x12\x0e\n\x01n\x18\x0e \x01(\rH\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x0b\x88\x01\x01\x42\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\x07\n\x05_seedB\x04\n\x02_nB\x0b\n\t_logprobs\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"^\n\rTokenLogprobs\x12\'\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x17.pdmesh.v1.TokenLogprob\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.pdmesh.v1.TokenLogprob\"\x8a\x01\n\x08KvLayout\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12\x11\n\tpage_size\x18\x06 \x01(\r\x12\x12\n\npage_bytes\x18\x07 \x01(\x04\"\xa9\x01\n\tModelInfo\x12\x19\n\x11served_model_name\x18\x01 \x01(\t\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12,\n\x08ready_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"A\n\x0cRankEndpoint\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x12\n\ndescriptor\x18\x03 \x01(\x0c\"\xc6\x01\n\nWorkerLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\r\x12!\n\x06ledger\x18\x04 \x01(\x0b\x32\x11.pdmesh.v1.Ledger\x12!\n\x06\x63redit\x18\x05 \x01(\x0b\x32\x11.pdmesh.v1.Credit\x12\x11\n\tretracted\x18\x06 \x01(\x04\x12%\n\x05\x61udit\x18\x07 \x01(\x0b\x32\x16.pdmesh.v1.LedgerAudit\"\xa0\x01\n\x0bLedgerAudit\x12\x0c\n\x04runs\x18\x01 \x01(\x04\x12\x14\n\x0cleaked_pages\x18\x02 \x01(\r\x12\x16\n\x0e\x64isputed_pages\x18\x03 \x01(\r\x12\x34\n\x11oldest_quarantine\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1f\n\x17quarantine_page_seconds\x18\x05 \x01(\x01\"X\n\x06\x43redit\x12\r\n\x05pages\x18\x01 \x01(\x05\x12\x11\n\tsequences\x18\x02 \x01(\x05\x12\x13\n\x0blimit_pages\x18\x03 \x01(\r\x12\x17\n\x0freserved_tokens\x18\x04 \x01(\r\"]\n\x06Ledger\x12\x0c\n\x04\x66ree\x18\x01 \x01(\r\x12\x10\n\x08reserved\x18\x02 \x01(\r\x12\x0e\n\x06in_use\x18\x03 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\r\x12\x13\n\x0bquarantined\x18\x05 \x01(\r\"\x8a\x03\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12#\n\x04role\x18\x03 \x01(\x0e\x32\x15.pdmesh.v1.WorkerRole\x12%\n\x05state\x18\x04 \x01(\x0e\x32\x16.pdmesh.v1.WorkerState\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12#\n\x05model\x18\x06 \x01(\x0b\x32\x14.pdmesh.v1.ModelInfo\x12&\n\tkv_layout\x18\x07 \x01(\x0b\x32\x13.pdmesh.v1.KvLayout\x12*\n\tendpoints\x18\x08 \x03(\x0b\x32\x17.pdmesh.v1.RankEndpoint\x12\x1c\n\x14max_running_requests\x18\t \x01(\r\x12#\n\x04load\x18\n \x01(\x0b\x32\x15.pdmesh.v1.WorkerLoad\x12\x31\n\rregistered_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\npool_pages\x18\x0c \x01(\r\"9\n\x06Ticket\x12\x0f\n\x07room_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"0\n\x06\x45xtent\x12\x12\n\nfirst_page\x18\x01 \x01(\r\x12\x12\n\npage_count\x18\x02 \x01(\r\"`\n\x0fRankReservation\x12)\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x17.pdmesh.v1.RankEndpoint\x12\"\n\x07\x65xtents\x18\x02 \x03(\x0b\x32\x11.pdmesh.v1.Extent\"L\n\x0bReservation\x12)\n\x05ranks\x18\x01 \x03(\x0b\x32\x1a.pdmesh.v1.RankReservation\x12\x12\n\nfrom_token\x18\x02 \x01(\r\"\xbd\x04\n\x04Room\x12!\n\x06ticket\x18\x01 \x01(\x0b\x32\x11.pdmesh.v1.Ticket\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\r\x12\x19\n\x11prefill_worker_id\x18\x04 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x05 \x01(\t\x12#\n\x05state\x18\x06 \x01(\x0e\x32\x14.pdmesh.v1.RoomState\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x0f\n\x07message\x18\x08 \x01(\t\x12-\n\topened_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nchanged_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x0breservation\x18\x0b \x01(\x0b\x32\x16.pdmesh.v1.Reservation\x12\x15\n\rprompt_tokens\x18\x0c \x01(\r\x12\x16\n\x0emax_new_tokens\x18\r \x01(\r\x12\x36\n\x12\x61\x64mission_deadline\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10request_deadline\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bquarantined\x18\x10 \x01(\x08\x12!\n\x06writer\x18\x11 \x01(\x0b\x32\x11.pdmesh.v1.Writer\x12\x13\n\x0b\x64\x65\x63ode_lost\x18\x12 \x01(\x08\"C\n\x06Writer\x12*\n\tendpoints\x18\x01 \x03(\x0b\x32\x17.pdmesh.v1.RankEndpoint\x12\r\n\x05\x65poch\x18\x02 \x01(\x04*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03*s\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x17\n\x13WORKER_ROLE_UNIFIED\x10\x03*\x92\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_READY\x10\x01\x12\x18\n\x14WORKER_STATE_SUSPECT\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x18\n\x14WORKER_STATE_OFFLINE\x10\x04*\xb3\x01\n\tRoomState\x12\x1a\n\x16ROOM_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18ROOM_STATE_BOOTSTRAPPING\x10\x01\x12 \n\x1cROOM_STATE_WAITING_FOR_INPUT\x10\x02\x12\x1b\n\x17ROOM_STATE_TRANSFERRING\x10\x03\x12\x16\n\x12ROOM_STATE_SUCCESS\x10\x04\x12\x15\n\x11ROOM_STATE_FAILED\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pdmesh.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2930
-  _globals['_FINISHREASON']._serialized_end=3050
-  _globals['_WORKERROLE']._serialized_start=3052
-  _globals['_WORKERROLE']._serialized_end=3167
-  _globals['_WORKERSTATE']._serialized_start=3170
-  _globals['_WORKERSTATE']._serialized_end=3316
-  _globals['_ROOMSTATE']._serialized_start=3319
-  _globals['_ROOMSTATE']._serialized_end=3498
-  _globals['_TOKENIDS']._serialized_start=69
-  _globals['_TOKENIDS']._serialized_end=92
-  _globals['_SAMPLINGPARAMS']._serialized_start=95
-  _globals['_SAMPLINGPARAMS']._serialized_end=645
-  _globals['_USAGE']._serialized_start=647
-  _globals['_USAGE']._serialized_end=727
-  _globals['_TOKENLOGPROB']._serialized_start=729
-  _globals['_TOKENLOGPROB']._serialized_end=778
-  _globals['_TOKENLOGPROBS']._serialized_start=780
-  _globals['_TOKENLOGPROBS']._serialized_end=874
-  _globals['_KVLAYOUT']._serialized_start=877
-  _globals['_KVLAYOUT']._serialized_end=1015
-  _globals['_MODELINFO']._serialized_start=1018
-  _globals['_MODELINFO']._serialized_end=1187
-  _globals['_RANKENDPOINT']._serialized_start=1189
-  _globals['_RANKENDPOINT']._serialized_end=1254
-  _globals['_WORKERLOAD']._serialized_start=1257
-  _globals['_WORKERLOAD']._serialized_end=1416
-  _globals['_CREDIT']._serialized_start=1418
-  _globals['_CREDIT']._serialized_end=1506
-  _globals['_LEDGER']._serialized_start=1508
-  _globals['_LEDGER']._serialized_end=1601
-  _globals['_WORKER']._serialized_start=1604
-  _globals['_WORKER']._serialized_end=1998
-  _globals['_TICKET']._serialized_start=2000
-  _globals['_TICKET']._serialized_end=2057
-  _globals['_EXTENT']._serialized_start=2059
-  _globals['_EXTENT']._serialized_end=2107
-  _globals['_RANKRESERVATION']._serialized_start=2109
-  _globals['_RANKRESERVATION']._serialized_end=2205
-  _globals['_RESERVATION']._serialized_start=2207
-  _globals['_RESERVATION']._serialized_end=2283
-  _globals['_ROOM']._serialized_start=2286
-  _globals['_ROOM']._serialized_end=2859
-  _globals['_WRITER']._serialized_start=2861
-  _globals['_WRITER']._serialized_end=2928
+  _globals['_FINISHREASON']._serialized_start=3164
+  _globals['_FINISHREASON']._serialized_end=3284
+  _globals['_WORKERROLE']._serialized_start=3286
+  _globals['_WORKERROLE']._serialized_end=3401
+  _globals['_WORKERSTATE']._serialized_start=3404
+  _globals['_WORKERSTATE']._serialized_end=3550
+  _globals['_ROOMSTATE']._serialized_start=3553
+  _globals['_ROOMSTATE']._serialized_end=3732
+  _globals['_TOKENIDS']._serialized_start=101
+  _globals['_TOKENIDS']._serialized_end=124
+  _globals['_SAMPLINGPARAMS']._serialized_start=127
+  _globals['_SAMPLINGPARAMS']._serialized_end=677
+  _globals['_USAGE']._serialized_start=679
+  _globals['_USAGE']._serialized_end=759
+  _globals['_TOKENLOGPROB']._serialized_start=761
+  _globals['_TOKENLOGPROB']._serialized_end=810
+  _globals['_TOKENLOGPROBS']._serialized_start=812
+  _globals['_TOKENLOGPROBS']._serialized_end=906
+  _globals['_KVLAYOUT']._serialized_start=909
+  _globals['_KVLAYOUT']._serialized_end=1047
+  _globals['_MODELINFO']._serialized_start=1050
+  _globals['_MODELINFO']._serialized_end=1219
+  _globals['_RANKENDPOINT']._serialized_start=1221
+  _globals['_RANKENDPOINT']._serialized_end=1286
+  _globals['_WORKERLOAD']._serialized_start=1289
+  _globals['_WORKERLOAD']._serialized_end=1487
+  _globals['_LEDGERAUDIT']._serialized_start=1490
+  _globals['_LEDGERAUDIT']._serialized_end=1650
+  _globals['_CREDIT']._serialized_start=1652
+  _globals['_CREDIT']._serialized_end=1740
+  _globals['_LEDGER']._serialized_start=1742
+  _globals['_LEDGER']._serialized_end=1835
+  _globals['_WORKER']._serialized_start=1838
+  _globals['_WORKER']._serialized_end=2232
+  _globals['_TICKET']._serialized_start=2234
+  _globals['_TICKET']._serialized_end=2291
+  _globals['_EXTENT']._serialized_start=2293
+  _globals['_EXTENT']._serialized_end=2341
+  _globals['_RANKRESERVATION']._serialized_start=2343
+  _globals['_RANKRESERVATION']._serialized_end=2439
+  _globals['_RESERVATION']._serialized_start=2441
+  _globals['_RESERVATION']._serialized_end=2517
+  _globals['_ROOM']._serialized_start=2520
+  _globals['_ROOM']._serialized_end=3093
+  _globals['_WRITER']._serialized_start=3095
+  _globals['_WRITER']._serialized_end=3162
 # @@protoc_insertion_point(module_scope)

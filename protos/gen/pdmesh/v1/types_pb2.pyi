@@ -5,6 +5,7 @@ Words that every service of the mesh shares: sequences, sampling, rooms, workers
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -515,6 +516,7 @@ class WorkerLoad(_message.Message):
     LEDGER_FIELD_NUMBER: _builtins.int
     CREDIT_FIELD_NUMBER: _builtins.int
     RETRACTED_FIELD_NUMBER: _builtins.int
+    AUDIT_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Sequences in the running batch."""
     waiting: _builtins.int
@@ -531,6 +533,10 @@ class WorkerLoad(_message.Message):
     def credit(self) -> Global___Credit:
         """What may still be promised there; absent for a prefill worker."""
 
+    @_builtins.property
+    def audit(self) -> Global___LedgerAudit:
+        """What the audits of its ledger found."""
+
     def __init__(
         self,
         *,
@@ -540,14 +546,55 @@ class WorkerLoad(_message.Message):
         ledger: Global___Ledger | None = ...,
         credit: Global___Credit | None = ...,
         retracted: _builtins.int = ...,
+        audit: Global___LedgerAudit | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "ledger", b"ledger"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "credit", b"credit", "ledger", b"ledger"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "ledger", b"ledger", "retracted", b"retracted", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "credit", b"credit", "ledger", b"ledger", "retracted", b"retracted", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerLoad: _TypeAlias = WorkerLoad  # noqa: Y015
+
+@_typing.final
+class LedgerAudit(_message.Message):
+    """Every second a worker compares its ledger with what its sequences, rooms and caches say they have."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNS_FIELD_NUMBER: _builtins.int
+    LEAKED_PAGES_FIELD_NUMBER: _builtins.int
+    DISPUTED_PAGES_FIELD_NUMBER: _builtins.int
+    OLDEST_QUARANTINE_FIELD_NUMBER: _builtins.int
+    QUARANTINE_PAGE_SECONDS_FIELD_NUMBER: _builtins.int
+    runs: _builtins.int
+    """Audits since the worker's start."""
+    leaked_pages: _builtins.int
+    """Pages that nobody claims. More than 0 is a defect."""
+    disputed_pages: _builtins.int
+    """Pages that are claimed twice, or are in another state than their owner believes. More than 0 is a defect."""
+    quarantine_page_seconds: _builtins.float
+    """Pages in quarantine, summed over the seconds since the worker's start."""
+    @_builtins.property
+    def oldest_quarantine(self) -> _duration_pb2.Duration:
+        """How long the longest of the present quarantines lasts."""
+
+    def __init__(
+        self,
+        *,
+        runs: _builtins.int = ...,
+        leaked_pages: _builtins.int = ...,
+        disputed_pages: _builtins.int = ...,
+        oldest_quarantine: _duration_pb2.Duration | None = ...,
+        quarantine_page_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_quarantine", b"oldest_quarantine"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disputed_pages", b"disputed_pages", "leaked_pages", b"leaked_pages", "oldest_quarantine", b"oldest_quarantine", "quarantine_page_seconds", b"quarantine_page_seconds", "runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LedgerAudit: _TypeAlias = LedgerAudit  # noqa: Y015
 
 @_typing.final
 class Credit(_message.Message):
