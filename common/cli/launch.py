@@ -26,6 +26,7 @@ from common.worker.config import WorkerConfig
 from pdmesh.v1 import router_service_pb2 as pb
 from pdmesh.v1 import router_service_pb2_grpc as pb_grpc
 from services.bootstrap.config import BootstrapProcessConfig
+from services.bootstrap.store.etcd_server import EtcdServer
 from services.router.config import RouterProcessConfig
 
 T = TypeVar("T")
@@ -44,6 +45,7 @@ class UpConfig:
     prefill: int | None = flag(None, "Prefill workers (default: 1, or 0 with --unified).")
     decode: int | None = flag(None, "Decode workers (default: 1, or 0 with --unified).")
     unified: int = flag(0, "Unified workers.")
+    bootstraps: int = flag(1, "Replicas of bootstrap; more than one share an etcd (--store).")
     status_file: str | None = flag(None, "JSON file that lists the processes once all are ready.", metavar="PATH")
     disaggregation_bootstrap_port: int = flag(
         DEFAULT_BOOTSTRAP_PORT, "Port of bootstrap; 0 picks a free one.", aliases=("--bootstrap-port",)
@@ -64,6 +66,8 @@ class UpConfig:
             raise bad("--prefill, --decode, --unified: must not be negative")
         if bool(counts["prefill"]) != bool(counts["decode"]):
             raise bad("--prefill, --decode: one is of no use without the other")
+        if self.bootstraps < 1:
+            raise bad("--bootstraps: at least one is needed")
         if not any(counts.values()):
             raise bad("--prefill, --decode, --unified: no worker at all")
 
@@ -92,6 +96,7 @@ class Launch:
         self.parsed = parsed
         self.supervisor = Supervisor()
         self.roles: dict[Child, str] = {}
+        self.etcd: EtcdServer | None = None
         self.tls = load(self.settings(TlsConfig))
         self.model_path = config.model_path or str(default_model_path())
         self.names = [f"{role}-{i}" for role, count in config.counts.items() for i in range(count)]
@@ -130,11 +135,7 @@ class Launch:
 
     async def start(self) -> str:
         """Bring everything up; returns the served model's name. Waits for ever if a child ends on the way."""
-        port = self.config.disaggregation_bootstrap_port
-        own = {"host": "127.0.0.1", "port": port, "metrics_port": 0}
-        config = self.settings(BootstrapProcessConfig, **own)
-        bootstrap = await self.service("bootstrap", "bootstrap", to_flags(config), to_environment(config))
-        address = str((await self.supervisor.listening(bootstrap)).grpc)
+        address = await self.start_bootstraps()
         children = [
             await self.service(name, name.partition("-")[0], self.worker_flags(index, name, address))
             for index, name in enumerate(self.names)
@@ -143,6 +144,28 @@ class Launch:
         addresses = await asyncio.gather(*map(self.supervisor.listening, children))
         await asyncio.gather(*(wait_serving(str(listening.grpc), self.tls) for listening in addresses))
         return await wait_for_model(str(self.listening("router").grpc), self.tls)
+
+    async def start_bootstraps(self) -> str:
+        """Start all replicas of bootstrap; returns their addresses, as `--bootstrap` takes them."""
+        count = self.config.bootstraps
+        own: dict[str, Any] = {"host": "127.0.0.1", "metrics_port": 0}
+        store = self.settings(BootstrapProcessConfig).bootstrap.store
+        if count > 1 and store == "memory":
+            raise bad("--bootstraps: replicas share a store: give --store etcd")
+        if count > 1 and store == "etcd":
+            self.etcd = EtcdServer()
+            await self.etcd.start()
+            own["store"] = f"etcd://{self.etcd.endpoint}"
+        children = []
+        for index in range(count):
+            port = self.config.disaggregation_bootstrap_port if index == 0 else 0
+            config = self.settings(BootstrapProcessConfig, port=port, **own)
+            name = f"bootstrap-{index}" if count > 1 else "bootstrap"
+            child = await self.service(name, "bootstrap", to_flags(config), to_environment(config))
+            child.replicated = count > 1
+            children.append(child)
+        addresses = await asyncio.gather(*map(self.supervisor.listening, children))
+        return ",".join(str(listening.grpc) for listening in addresses)
 
     async def service(
         self, name: str, role: str, flags: list[str], environment: Mapping[str, str] = MappingProxyType({})
@@ -164,6 +187,8 @@ class Launch:
                 (self.of("bootstrap"), drain_s + BOOTSTRAP_STOP_S),
             ]
         )
+        if self.etcd:
+            await self.etcd.stop()
 
     # ------------------------------------------------------------------------------------ view
 

@@ -58,6 +58,7 @@ class Child:
         self.listening: Listening | None = None
         self.ended = asyncio.Event()
         self.may_leave = False  # once it listens, it may end with exit code 0
+        self.replicated = False  # it may end anyhow, as long as another replicated child runs
         self.tail = b""
         self.following = asyncio.create_task(self.follow())
 
@@ -128,6 +129,9 @@ class Supervisor:
         if child.may_leave and child.listening and not child.process.returncode:
             if not self.stopping:
                 print(f"pdmesh: {child.name} (pid {child.pid}) has left", file=sys.stderr, flush=True)
+        elif child.replicated and any(other.replicated and not other.ended.is_set() for other in self.children):
+            if not self.stopping:
+                print(f"pdmesh: {child.name} (pid {child.pid}) has ended; others go on", file=sys.stderr, flush=True)
         elif not self.stopping and not self._first_end.done():
             self._first_end.set_result(child)
 

@@ -67,7 +67,8 @@ def tell(launch: Launch, model: str, status_file: str | None) -> None:
     """Write the status file and print where the mesh is reached."""
     if status_file:
         write_atomically(Path(status_file), json.dumps(launch.status(), indent=2) + "\n")
-    router, bootstrap = launch.listening("router"), launch.listening("bootstrap")
+    router = launch.listening("router")
+    bootstraps = [child.listening.grpc for child in launch.of("bootstrap") if child.listening]
     url = f"{'https' if launch.settings(RouterConfig).http_tls_cert else 'http'}://{reachable(router.http or '')}"
     question = {"model": model, "messages": [{"role": "user", "content": "What is 123 + 456?"}], "temperature": 0}
     body = shlex.quote(json.dumps(question))
@@ -75,7 +76,7 @@ def tell(launch: Launch, model: str, status_file: str | None) -> None:
         f"\npdmesh serves {model}; workers: {launch.describe_workers()}. Ctrl-C stops it.\n"
         f"  HTTP       {url}\n"
         f"  gRPC       {reachable(router.grpc or '')}\n"
-        f"  bootstrap  {bootstrap.grpc}\n\n"
+        f"  bootstrap  {', '.join(map(str, bootstraps))}\n\n"
         f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d {body}\n",
         flush=True,
     )

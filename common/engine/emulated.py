@@ -23,7 +23,7 @@ from common.engine.engine import Engine
 from common.engine.messages import TokenLogprobs
 from common.engine.request import Sequence
 from common.engine.scheduler import Span
-from common.engine.uniform import uniforms
+from common.engine.uniform import uniform, uniforms
 from common.kvcache.allocator import PageAllocator
 from common.kvcache.layout import ELEMENT_BYTES, KvLayout
 from common.models.config import ModelConfig, read_config, read_eos_token_ids
@@ -32,6 +32,7 @@ from common.models.find import TEXT_FILES, find_checkpoint
 # A step that begins this soon after the last one's end counts from that end, or the process's own work between two
 # steps, and its late waking, would add up.
 SLIP_S = 0.002
+FEW = 8  # sequences, for which NumPy's calls cost more than they save
 
 
 class EmulatedRunner:
@@ -80,8 +81,13 @@ class EmulatedRunner:
         if not sequences:
             return Sampled([], [], [])
         seeds = [self._seed if sequence.is_greedy else sequence.sampling.seed for sequence in sequences]
-        drawn = uniforms(seeds, [sequence.num_tokens for sequence in sequences]) * self.vocab_size
-        token_ids = [self._allowed(int(token), seq) for token, seq in zip(drawn, sequences, strict=True)]
+        positions = [sequence.num_tokens for sequence in sequences]
+        if len(sequences) <= FEW:
+            drawn = [uniform(seed, position) for seed, position in zip(seeds, positions, strict=True)]
+        else:
+            drawn = uniforms(seeds, positions).tolist()
+        pairs = zip(drawn, sequences, strict=True)
+        token_ids = [self._allowed(int(number * self.vocab_size), sequence) for number, sequence in pairs]
         logprobs = [self._logprobs(token, seq) for token, seq in zip(token_ids, sequences, strict=True)]
         return Sampled(token_ids, logprobs, [])
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
+GAMMA = int(GOLDEN_GAMMA)
 MASK = 2**64 - 1
 
 
@@ -29,3 +30,16 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+def uniform(seed: int, position: int) -> float:
+    """`uniforms` of one pair; for a few of them this is faster than NumPy's calls."""
+    start = mix_one((seed & MASK) + GAMMA & MASK)
+    return (mix_one(start + (position + 1) * GAMMA & MASK) >> 11) * 2.0**-53
+
+
+def mix_one(value: int) -> int:
+    """`mix` of one value below 2**64."""
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & MASK
+    return value ^ value >> 31

@@ -173,11 +173,8 @@ class RouterSession(Replicas["RouterLink"]):
         links = [link for link in self.up if link.complete]
         if not links:
             return
-        if worker_id is not None:
-            names = {worker_id}
-        else:
-            names = set(self.workers).union(*(link.workers for link in links))
-        for name in names:
+        everybody = set(self.workers).union(*(link.workers for link in links)) if worker_id is None else {worker_id}
+        for name in everybody:
             told = [link.workers[name] for link in links if name in link.workers]
             if told:
                 self.workers[name] = merge(told)

@@ -30,6 +30,7 @@ from common.rpc.server import Server, Service, make_server
 from common.worker import audit_metrics, convert
 from common.worker.config import WorkerConfig
 from common.worker.credit import CreditTeller, Throttle
+from common.worker.held import HeldRooms
 from common.worker.messages import AbortSequence, FromRank, Prefilled, RankFailed, RankReady, Registered, StartSequence
 from common.worker.ranks import RankLink, RankProcess
 from common.worker.sessions import Session, Sessions
@@ -41,12 +42,15 @@ logger = log.get_logger(__name__)
 E = TypeVar("E")
 SequenceNews = Tokens | Prefilled | Retracted | SequenceFailed
 
-# A load that changes with every step is told to bootstrap at most this often, beside the heartbeats.
-LOAD_INTERVAL_S = 0.1
+# A load that changes with every step is told to bootstrap at most this often, beside the heartbeats. Routers
+# hear of credit directly, and at once.
+LOAD_INTERVAL_S = 0.25
 
 KV_PAGES = metrics.gauge("kv_pages", "Pages of the KV pool by ledger state.", ("state",))
 RUNNING = metrics.gauge("running_sequences", "Sequences in the running batch.")
 WAITING = metrics.gauge("waiting_sequences", "Sequences that wait for a slot, pages or a hand-over.")
+CREDIT_PAGES = metrics.gauge("credit_pages", "Pages that may still be promised, growth of what runs counted.")
+CREDIT_SEQUENCES = metrics.gauge("credit_sequences", "Places in the running batch that nobody has or waits for.")
 GENERATED = metrics.counter("generated_tokens_total", "Tokens sent to routers.")
 RETRACTED = metrics.counter("retracted_sequences_total", "Sequences that gave their pages back so that others grow.")
 ENDED = metrics.counter("sequences_ended_total", "Sequences that ended on this worker.", ("outcome",))
@@ -78,6 +82,7 @@ class Front(Generic[E]):
         self._audit = Audit()
         self._load_teller = Throttle(lambda: self._mesh.heartbeat(), LOAD_INTERVAL_S)
         self._credit_teller = CreditTeller(self.sessions, role.to_credit_event) if role.to_credit_event else None
+        self._held = HeldRooms(prefill=role.proto == pb.WORKER_ROLE_PREFILL)
         self._idle = asyncio.Event()
         self._idle.set()
         self._failure: MeshError | None = None
@@ -149,6 +154,7 @@ class Front(Generic[E]):
             self._on_control,
             on_registered=self._on_registered,
             tls=self._tls,
+            held=self._held.announce,
         )
 
     async def _serve(self, stop: asyncio.Event) -> None:
@@ -157,7 +163,10 @@ class Front(Generic[E]):
         try:
             await self._register(stop)
             await stop.wait()
-            await self._drain()
+            if self._failure:
+                await self._fall(self._failure)
+            else:
+                await self._drain()
         finally:
             self._load_teller.close()
             if self._credit_teller:
@@ -177,6 +186,14 @@ class Front(Generic[E]):
         if not stop.is_set():
             await self._server.set_serving(True)
             logger.info("ready", worker=self._mesh.worker_id, address=self._server.address)
+
+    async def _fall(self, failure: MeshError) -> None:
+        """The rank is gone, and all that it did: say so at once."""
+        self._accepting = False
+        await self._server.set_serving(False)
+        for sequence_id in self.sessions.running():
+            self._on_sequence(SequenceFailed(sequence_id, Reason.WORKER_LOST, failure.message))
+        self.sessions.close_all()
 
     async def _drain(self) -> None:
         """Refuse new sequences, let running ones finish within the drain timeout."""
@@ -235,6 +252,8 @@ class Front(Generic[E]):
             return
         sequence_id = self.sessions.add(session, number)
         self._idle.clear()
+        if ticket:
+            self._held.started(sequence_id, ticket)
         self._rank.send(
             StartSequence(
                 sequence_id=sequence_id,
@@ -277,13 +296,17 @@ class Front(Generic[E]):
                 case RankReady() | RankFailed():
                     raise TypeError(f"a rank that runs sent {type(message).__name__}")
                 case _:
-                    self._mesh.send(convert.room_event_to(message))
+                    event = convert.room_event_to(message)
+                    self._held.said(event)
+                    self._mesh.send(event)
         if batch.load:
             self._on_load(batch.load)
 
     def _on_sequence(self, news: SequenceNews) -> None:
         if isinstance(news, Tokens):
             GENERATED.inc(len(news.token_ids))
+        if not isinstance(news, Tokens) or news.finish:
+            self._held.ended(news.sequence_id)
         if (owner := self.sessions.owner(news.sequence_id)) is None:
             return  # aborted meanwhile
         session, number = owner
@@ -302,6 +325,8 @@ class Front(Generic[E]):
             KV_PAGES.labels(state).set(getattr(load.ledger, state))
         self._load_teller.want()
         if self._credit_teller and load.credit:
+            CREDIT_PAGES.set(load.credit.pages)
+            CREDIT_SEQUENCES.set(load.credit.sequences)
             self._credit_teller.update(load.credit, load.last_start)
 
     def _on_audit(self, audit: Audit) -> None:
@@ -322,6 +347,7 @@ class Front(Generic[E]):
 
     def _on_control(self, event: bootstrap_pb.ControlEvent) -> None:
         if message := convert.control_from(event):
+            self._held.told(event)
             self._rank.send(message)
         elif event.HasField("drain"):
             self._leave(event.drain)

@@ -65,8 +65,8 @@ def build_engine(
     """Load the model and give it a pool.
 
     On CPU the pool's memory comes from `allocate` (bytes), which a transfer backend provides; it must stay mapped
-    until the engine is no longer used; without it the pool has memory of its own. On CUDA the pool is the device's, and `register` (address, bytes) makes it
-    known to the backend.
+    until the engine is no longer used; without it the pool has memory of its own. On CUDA the pool is the device's,
+    and `register` (address, bytes) makes it known to the backend.
 
     Raises:
         MeshError: BAD_CHECKPOINT or BAD_CONFIG.

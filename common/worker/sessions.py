@@ -76,6 +76,10 @@ class Sessions(Generic[E]):
         """The session of a sequence and the router's number for it; None when it has ended."""
         return self._owners.get(sequence_id)
 
+    def running(self) -> list[int]:
+        """The ids of all sequences that have not ended."""
+        return list(self._owners)
+
     def end(self, sequence_id: int) -> None:
         if entry := self._owners.pop(sequence_id, None):
             session, number = entry

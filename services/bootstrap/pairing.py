@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from common.errors.base import MeshError, Reason
+from common.mesh.fit import difference
 from pdmesh.v1 import types_pb2 as types
 
 
@@ -20,24 +21,10 @@ def check_pair(prefill: types.Worker, decode: types.Worker) -> None:
         if worker.state != types.WORKER_STATE_READY:
             message = f"worker {worker.worker_id} is {types.WorkerState.Name(worker.state)}"
             raise MeshError(Reason.NO_WORKER, message)
-    if difference := first_difference(prefill, decode):
-        field, here, there = difference
+    if found := difference(prefill, decode):
+        field, here, there = found
         message = (
             f"prefill worker {prefill.worker_id} and decode worker {decode.worker_id} differ in {field}: "
             f"{here!r} and {there!r}"
         )
         raise MeshError(Reason.LAYOUT_MISMATCH, message, parameter=field)
-
-
-def first_difference(prefill: types.Worker, decode: types.Worker) -> tuple[str, object, object] | None:
-    """The first field in which the two differ though they must not, with its values."""
-    if prefill.model.fingerprint != decode.model.fingerprint:
-        return "model.fingerprint", prefill.model.fingerprint, decode.model.fingerprint
-    for field in types.KvLayout.DESCRIPTOR.fields:
-        here, there = getattr(prefill.kv_layout, field.name), getattr(decode.kv_layout, field.name)
-        if here != there:
-            return f"kv_layout.{field.name}", here, there
-    ours, theirs = ({endpoint.backend for endpoint in worker.endpoints} for worker in (prefill, decode))
-    if ours and theirs and ours != theirs:
-        return "endpoints.backend", ", ".join(sorted(ours)), ", ".join(sorted(theirs))
-    return None

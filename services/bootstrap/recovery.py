@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
 from common.errors.base import Reason
 from common.mesh import room as machine
-from common.mesh.room import State
+from common.mesh.room import Room, State
 from common.mesh.shards import shard_of_room
 from common.mesh.ticket import Ticket
 from common.mesh.wire import ticket_from, ticket_to
@@ -145,6 +146,8 @@ class Recovery:
         """The worker does not hold the room, or not any more."""
         room = entry.room
         if worker_id == room.prefill_worker_id:
+            if room.quarantined and not self._wrote(worker_id, room):
+                return  # another process, which says nothing of the one that may still write
             if room.quarantined:
                 self._rooms.apply(entry, machine.Quiet(room.ticket), worker_id)
             else:  # its prompt may be on its way
@@ -154,6 +157,11 @@ class Recovery:
         elif room.state in (State.WAITING_FOR_INPUT, State.TRANSFERRING):
             message = f"decode worker {worker_id} does not hold the room any more"
             self._rooms.apply(entry, machine.RoomFailed(room.ticket, Reason.WORKER_LOST, message), worker_id)
+
+    def _wrote(self, worker_id: str, room: Room) -> bool:
+        """Whether the worker's present process is the room's writer, and not one that was started in its place."""
+        writer, member = cast(types.Writer | None, room.writer), self._workers.get(worker_id)
+        return writer is None or (member is not None and list(member.record.endpoints) == list(writer.endpoints))
 
     def _adopted(self, entry: Entry) -> None:
         """A router brought a room back: take note of what workers said of it before."""

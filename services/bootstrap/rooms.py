@@ -175,10 +175,13 @@ class Rooms:
         member = self._workers.get(worker_id)
         record = member.record if member else last
         writer = types.Writer(endpoints=record.endpoints, epoch=record.epoch) if record else types.Writer()
-        for room_id in sorted(self._by_worker.pop(worker_id, ())):
-            entry = self._entries[room_id]
+        for entry in self.of_worker(worker_id):
             for party in self._parties(entry.room, worker_id):
                 self._apply(entry, machine.WorkerLost(entry.room.ticket, party, message, writer), timeline.BOOTSTRAP)
+            if entry.room.at_rest:  # else the worker may come back, and with it an end of the quarantine
+                self._by_worker[worker_id].discard(entry.room.ticket.room_id)
+        if not self._by_worker.get(worker_id):
+            self._by_worker.pop(worker_id, None)
 
     def alarm(self, room_id: str) -> None:
         """The timer of a room fired."""
@@ -238,21 +241,11 @@ class Rooms:
 
     def remind_prefill(self, entry: Entry) -> None:
         """Say to prefill once more where the pages go, or that the room ended."""
-        room = entry.room
-        if room.state is State.FAILED:
-            self._perform(Effect.END_PREFILL, entry)
-        elif room.reservation is not None and not room.state.terminal:
-            self._perform(Effect.PUSH_RESERVATION, entry)
+        self._apply(entry, machine.Held(entry.room.ticket, Party.PREFILL), timeline.BOOTSTRAP)
 
     def remind_decode(self, entry: Entry) -> None:
         """Say to decode once more that the room ended, and what may become of its pages."""
-        room = entry.room
-        if room.state is State.FAILED:
-            self._perform(Effect.END_DECODE, entry)
-            if room.writer is not None and room.quarantined:
-                self._perform(Effect.FENCE, entry)
-            elif not room.quarantined:
-                self._perform(Effect.RELEASE, entry)
+        self._apply(entry, machine.Held(entry.room.ticket, Party.DECODE), timeline.BOOTSTRAP)
 
     # ---------------------------------------------------------------------------------- inspection
 

@@ -20,6 +20,8 @@ from services.bootstrap.workers import Member
 log = get_logger(__name__)
 
 SERVICE = "pdmesh.v1.BootstrapService"
+# A lost connection looks like the stream's end; that the call is cancelled comes a moment later.
+CANCEL_S = 0.05
 
 
 class BootstrapServicer(pb_grpc.BootstrapServiceServicer):
@@ -52,6 +54,7 @@ class BootstrapServicer(pb_grpc.BootstrapServiceServicer):
             take(control, member, first.events[1:])
             async for request in request_iterator:
                 take(control, member, request.events)
+            await asyncio.sleep(CANCEL_S)
             broke = False
 
         try:
@@ -81,6 +84,7 @@ class BootstrapServicer(pb_grpc.BootstrapServiceServicer):
                             control.rooms.close(ticket_from(event.close.ticket))
                         case "request_failed":
                             control.journal.request_failed(event.request_failed)
+            await asyncio.sleep(CANCEL_S)
             broke = False
 
         control.router_joined(outbox)
@@ -106,6 +110,7 @@ class BootstrapServicer(pb_grpc.BootstrapServiceServicer):
         control = self.control
         watcher = control.journal.watch(request)
         try:
+            await context.send_initial_metadata(())  # so that a caller knows from when on it hears all
             if request.with_open:
                 yield pb.WatchRoomsResponse(changes=inspection.open_rooms(control, request))
             async for batch in watcher.batches():

@@ -23,6 +23,8 @@ SLACK_S = 0.5
 FORGET_S = 300.0
 # How long a worker whose session broke may take to open another before its life ends.
 REATTACH_S = 1.0
+# An alarm that rings later than this was not heard by a process that slept: what workers said meanwhile is unread.
+OVERSLEPT_S = 1.0
 # Workers whose last epoch is remembered after they are forgotten.
 MAX_ENDED = 10_000
 
@@ -37,6 +39,7 @@ class Member:
         self.draining = False
         self.broken_at: float | None = None  # its session is gone, and another may take its place
         self.why = ""
+        self.alarm_at = 0.0
         self.drain_told = asyncio.Event()
         self._figures: Figures | None = None
 
@@ -194,6 +197,10 @@ class Workers:
         member = self._members.get(worker_id)
         if member is None:
             return
+        if member.online and self._now() - member.alarm_at > OVERSLEPT_S:
+            member.seen_at = max(member.seen_at, self._now() - self._interval_s)
+            self._watch(member)
+            return
         silent_s = self._now() - member.seen_at
         if not member.online:
             self._forget(member)
@@ -211,6 +218,7 @@ class Workers:
         when = (first if self._now() < first + SLACK_S else last) + SLACK_S
         if member.broken_at is not None:
             when = min(when, member.broken_at + REATTACH_S)
+        member.alarm_at = when
         self._timers.set(("worker", member.worker_id), when)
 
     def _settle(self, member: Member) -> bool:

@@ -37,12 +37,38 @@ class Waiter:
         return not self.resumed, self.arrived
 
 
+class Open(dict[str, dict[str, Credit | None]]):
+    """What each worker of a group can still be given, looked up when the group is first asked for."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        super().__init__()
+        self._pool = pool
+        self._roomy: dict[str, bool] = {}
+
+    def __missing__(self, group: str) -> dict[str, Credit | None]:
+        self[group] = self._pool.offers(group)
+        return self[group]
+
+    def roomy(self, group: str) -> bool:
+        """Whether some worker has room for anything at all: if not, nobody's turn need be looked at."""
+        if (known := self._roomy.get(group)) is None:
+            credits = self[group].values()
+            known = self._roomy[group] = any(credit is None or credit.fits(1) for credit in credits)
+        return known
+
+    def spent(self, route: Route) -> None:
+        """The route's worker has less from now on."""
+        group = route.decode.record.model.served_model_name
+        self[group][route.decode.worker_id] = route.decode.account.credit
+        self._roomy.pop(group, None)
+
+
 class Admission:
     """Gives sequences their routes: at once, or when decode's credit allows it, in the order that `passing` says.
 
     At most `max_running` requests have sequences that were admitted. At most `max_queued` have none yet: further
     ones are refused. A sequence that has been admitted before is never refused for want of room: it waits until
-    its request's deadline.
+    its request's deadline, as long as there are workers.
     """
 
     def __init__(self, pool: WorkerPool, max_running: int, max_queued: int, queue_timeout_s: float) -> None:
@@ -51,6 +77,7 @@ class Admission:
         self._max_queued = max_queued
         self._queue_timeout_s = queue_timeout_s
         self._waiting: list[Waiter] = []
+        self._waiters: dict[Need, Waiter] = {}
         self._running: set[str] = set()
         self._queued: dict[str, int] = {}  # sequences that wait, of requests that have not begun
         self._admitted_at: deque[float] = deque(maxlen=RATE_WINDOW)
@@ -71,6 +98,7 @@ class Admission:
             self._check(need)
         waiter = Waiter(request, need, loop.time(), resumed)
         insort(self._waiting, waiter, key=lambda other: other.place)
+        self._waiters[need] = waiter
         self._enqueued(waiter, 1)
         try:
             self.admit()
@@ -104,45 +132,39 @@ class Admission:
 
     def admit(self) -> None:
         """Let everybody go who can: to be called when credit, places or workers have come."""
-        offers: dict[str, dict[str, Credit | None]] = {}
+        offers = Open(self._pool)
         while self._waiting:
-            candidates = {waiter.need: waiter for waiter in self._eligible()}
-            for need in candidates:
-                if need.group not in offers:
-                    offers[need.group] = self._pool.offers(need.group)
-            chosen = next_to_go(candidates, offers, most_passes=MOST_PASSES, look_ahead=LOOK_AHEAD)
+            eligible = self._eligible(offers)
+            chosen = next_to_go(eligible, offers, most_passes=MOST_PASSES, look_ahead=LOOK_AHEAD)
             if chosen is None:
                 return
-            waiter = candidates[chosen.need]
             for passed in chosen.passes:
                 passed.passed += 1
+            waiter = self._waiters[chosen.need]
             route = self._pool.route(waiter.request, waiter.need, chosen.workers)
-            offers[waiter.need.group][route.decode.worker_id] = route.decode.account.credit
+            offers.spent(route)
             self._begin(waiter)
             waiter.route.set_result(route)
 
     def workers_changed(self) -> None:
         """Workers came or went: requests that have not begun and that nobody is left to serve are told so."""
         self.admit()
-        for waiter in list(self._waiting):
-            if not waiter.resumed and not waiter.route.done():
-                try:
-                    self._check(waiter.need)
-                except MeshError as error:
-                    waiter.route.set_exception(error)
+        fresh = [waiter for waiter in self._waiting if not waiter.resumed and not waiter.route.done()]
+        unserved = {waiter.need.group for waiter in fresh}
+        unserved = {group for group in unserved if not self._pool.decodes(group)}
+        for waiter in fresh:
+            if waiter.need.group in unserved:
+                waiter.route.set_exception(self._no_worker(waiter.need.group))
 
     # ---------------------------------------------------------------------------------- parts
 
-    def _eligible(self) -> Iterator[Waiter]:
-        """The first of the queue that may begin: requests that run already, and others while there are places."""
-        count = 0
+    def _eligible(self, offers: Open) -> Iterator[Need]:
+        """Those of the queue that may begin: of requests that run already, and of others while there are places."""
         full = len(self._running) >= self._max_running
         for waiter in self._waiting:
-            if not waiter.route.done() and not (full and waiter.request.request_id not in self._running):
-                yield waiter
-                count += 1
-                if count > LOOK_AHEAD:
-                    return
+            may_begin = not full or waiter.request.request_id in self._running
+            if may_begin and offers.roomy(waiter.need.group) and not waiter.route.done():
+                yield waiter.need
 
     def _begin(self, waiter: Waiter) -> None:
         self._remove(waiter)
@@ -155,7 +177,7 @@ class Admission:
         self._admitted_at.append(asyncio.get_running_loop().time())
 
     def _remove(self, waiter: Waiter) -> None:
-        if waiter in self._waiting:
+        if self._waiters.pop(waiter.need, None):
             self._waiting.remove(waiter)
             self._enqueued(waiter, -1)
 
@@ -174,7 +196,11 @@ class Admission:
             await asyncio.wait((waiter.route,), timeout=self._queue_timeout_s)
             if not waiter.route.done() and not self._has_begun(waiter):
                 raise self._overloaded(f"decode had no room within {self._queue_timeout_s:g} s")
-        return await waiter.route
+        while not waiter.route.done():
+            await asyncio.wait((waiter.route,), timeout=max(self._queue_timeout_s, LEAST_PATIENCE_S))
+            if not waiter.route.done() and not self._pool.decodes(waiter.need.group):
+                raise self._no_worker(waiter.need.group)
+        return waiter.route.result()
 
     def _has_begun(self, waiter: Waiter) -> bool:
         """Whether something of its request was admitted before."""
@@ -184,8 +210,7 @@ class Admission:
         """Raise `MeshError` for a sequence that no worker can take, whatever happens."""
         workers = self._pool.decodes(need.group)
         if not workers:
-            message = f"no worker is ready to serve {need.group}: {self._pool.lacking(need.group)}"
-            raise MeshError(Reason.NO_WORKER, message, retry_after_s=RETRY_AFTER_S)
+            raise self._no_worker(need.group)
         largest = max(workers, key=lambda worker: worker.pool_tokens)
         pages = largest.record.pool_pages
         if pages and most_pages(need.tokens, need.remaining, largest.record.kv_layout.page_size) > pages:
@@ -194,6 +219,10 @@ class Admission:
                 f"({largest.pool_tokens} tokens)"
             )
             raise MeshError(Reason.CONTEXT_TOO_LONG, message)
+
+    def _no_worker(self, group: str) -> MeshError:
+        message = f"no worker is ready to serve {group}: {self._pool.lacking(group)}"
+        return MeshError(Reason.NO_WORKER, message, retry_after_s=RETRY_AFTER_S)
 
     def _overloaded(self, why: str) -> MeshError:
         return MeshError(Reason.OVERLOADED, f"the mesh is full: {why}", retry_after_s=self._retry_after_s())

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from common.errors.base import MeshError, Reason
 from common.obs.log import get_logger
@@ -36,7 +37,11 @@ class Texts:
 
     def need_template(self) -> ChatTemplate:
         """Raises `MeshError` (UNSUPPORTED) when there is none."""
-        return ChatTemplate.of(self.need_tokenizer())
+        return self._template
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate.of(self.need_tokenizer())  # compiling takes as long as all else of a short request
 
 
 class Directory:
@@ -53,12 +58,12 @@ class Directory:
 
     def update(self, workers: Iterable[types_pb2.Worker]) -> None:
         """Follow bootstrap's view of the workers."""
-        by_name: dict[str, list[types_pb2.ModelInfo]] = {}
+        by_name: dict[str, list[types_pb2.Worker]] = {}
         for worker in workers:
             if worker.state != types_pb2.WORKER_STATE_OFFLINE:
-                by_name.setdefault(worker.model.served_model_name, []).append(worker.model)
-        for name, infos in by_name.items():
-            model = served_model(name, infos)
+                by_name.setdefault(worker.model.served_model_name, []).append(worker)
+        for name, serving in by_name.items():
+            model = served_model(name, serving)
             known, self._models[name] = self._models.get(name), model
             if known is None or known.model_path != model.model_path:
                 self._start_loading(model)
@@ -110,12 +115,15 @@ class Directory:
         return Texts(tokenizer)
 
 
-def served_model(name: str, infos: list[types_pb2.ModelInfo]) -> ServedModel:
-    """What all workers of a model can take: the least of their limits."""
+def served_model(name: str, workers: list[types_pb2.Worker]) -> ServedModel:
+    """What all workers of a model can take: the least of their limits; and the most that one of them holds."""
+    infos = [worker.model for worker in workers]
+    decodes = [worker for worker in workers if worker.role != types_pb2.WORKER_ROLE_PREFILL]
     return ServedModel(
         name=name,
         model_path=infos[0].model_path,
         context_length=min(info.context_length for info in infos),
         vocab_size=min(info.vocab_size for info in infos),
         ready_at_s=min(info.ready_at.ToNanoseconds() for info in infos) / 1e9,
+        pool_tokens=max((worker.pool_pages * worker.kv_layout.page_size for worker in decodes), default=0),
     )

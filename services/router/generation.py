@@ -120,7 +120,7 @@ class Generation:
                 return
             except Retracted as retracted:
                 metrics.RETRACTED.inc()
-                log.info("retracted", request_id=self.request.request_id, attempt=number, why=retracted.message)
+                log.debug("retracted", request_id=self.request.request_id, attempt=number, why=retracted.message)
             except MeshError as error:
                 if error.reason not in WORTH_A_RETRY or output.tokens or retries == MOST_RETRIES:
                     raise

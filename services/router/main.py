@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from common.config import tls
 from common.errors.base import MeshError, Reason
@@ -95,7 +95,7 @@ async def follow(router: Router, server: Server, changed: asyncio.Event) -> None
 class HttpServer(uvicorn.Server):
     """uvicorn inside our loop: signals are ours, logging too."""
 
-    def __init__(self, app: FastAPI, settings: RouterConfig) -> None:
+    def __init__(self, app: ASGIApp, settings: RouterConfig) -> None:
         super().__init__(
             uvicorn.Config(
                 app,

@@ -70,13 +70,17 @@ class Draft:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that can be asked for: what all its workers can take."""
+    """A model that can be asked for: what all its workers can take.
+
+    `pool_tokens` are those that the largest KV pool of a decode or unified worker holds; 0: unknown.
+    """
 
     name: str
     model_path: str
     context_length: int
     vocab_size: int
     ready_at_s: float
+    pool_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,9 +112,13 @@ class GenerationRequest:
         return self.prompts[index // self.sampling.n]
 
     def max_new_tokens_of(self, index: int) -> int:
-        """Room for output: `max_new_tokens`, or what the context leaves behind this prompt."""
-        left = self.model.context_length - len(self.prompt_of(index))
-        return left if self.sampling.max_new_tokens is None else min(left, self.sampling.max_new_tokens)
+        """Room for output: `max_new_tokens`, or what the context and the largest pool leave behind this prompt."""
+        tokens, context = len(self.prompt_of(index)), self.model.context_length
+        if self.sampling.max_new_tokens is not None:
+            return min(context - tokens, self.sampling.max_new_tokens)
+        pool = self.model.pool_tokens + 1  # the last token's KV is never computed
+        most = min(context, pool) if self.model.pool_tokens else context
+        return max(1, most - tokens)
 
     def sampling_of(self, index: int) -> types_pb2.SamplingParams:
         """How sequence `index` is sampled, as its workers are told."""

@@ -24,6 +24,7 @@ from services.router.request import Delta, Draft, GenerationRequest
 from services.router.validate import check_request_id, refusal, validate
 from services.router.workers import WorkerPool
 
+VIEW_INTERVAL_S = 0.01  # between looks at a view of the workers that keeps changing
 INLINE_CHARACTERS = 8192  # longer texts are tokenized in a thread
 
 log = get_logger(__name__)
@@ -59,6 +60,8 @@ class Router:
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
+        self._following: asyncio.TimerHandle | None = None
+        self._closed = False
 
     # ---------------------------------------------------------------------------------- requests
 
@@ -156,7 +159,10 @@ class Router:
 
     async def close(self) -> None:
         """Leave bootstrap and the workers. Idempotent."""
+        self._closed = True
         await self.session.close()
+        if self._following:
+            self._following.cancel()
         await self.pool.close()
         await self.directory.close()
 
@@ -185,6 +191,12 @@ class Router:
     # ---------------------------------------------------------------------------------- bootstrap
 
     def _workers_changed(self) -> None:
+        """Follow the view soon: loads change it many times a second, and each look costs as much as it is long."""
+        if self._following is None and not self._closed:
+            self._following = asyncio.get_running_loop().call_later(VIEW_INTERVAL_S, self._follow)
+
+    def _follow(self) -> None:
+        self._following = None
         self.directory.update(self.session.workers.values())
         self.pool.update(self.session.workers)
 
@@ -229,7 +241,7 @@ class Stopwatch:
         seconds = self._now() - self._start
         metrics.REQUESTS.labels(self._request.api, outcome).inc()
         metrics.REQUEST_SECONDS.observe(seconds)
-        if log_it or outcome not in ("ok", "cancelled"):
+        if log_it or outcome not in ("ok", "cancelled", "overloaded"):  # no flood of words on top of one of requests
             log.info(
                 "request ended",
                 request_id=self._request.request_id,

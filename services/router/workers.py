@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from common.config.tls import Credentials
 from common.mesh.credit import Credit
+from common.mesh.fit import difference
 from pdmesh.v1 import types_pb2
 from services.router.credits import Spend
 from services.router.passing import Need
@@ -52,6 +53,8 @@ class WorkerPool:
         self._on_change = on_change
         self._tls = tls
         self._links: dict[str, Link] = {}
+        self._pairings: dict[str, Pairing] = {}
+        self._candidates: dict[str, tuple[list[PrefillLink], list[DecodeLink]]] = {}  # by model, until a change
         self._closing: set[asyncio.Task[None]] = set()
 
     def update(self, workers: Mapping[str, types_pb2.Worker]) -> None:
@@ -60,12 +63,14 @@ class WorkerPool:
             record = workers.get(worker_id)
             if record is None or not alive(record) or registration(record) != registration(link.record):
                 self._close(self._links.pop(worker_id))
+                del self._pairings[worker_id]
             else:
                 link.record = record
         for worker_id, record in workers.items():
             if alive(record) and worker_id not in self._links:
                 self._links[worker_id] = self._connect(record)
-        self._on_change()
+                self._pairings[worker_id] = pairing(record)
+        self._changed()
 
     def decodes(self, model: str) -> list[DecodeLink]:
         """Decode and unified workers that can take a sequence of a model."""
@@ -82,25 +87,37 @@ class WorkerPool:
         spend = decode.account.spend(need.tokens, need.remaining)
         if is_unified(decode.record):
             return Route(None, decode, spend)
-        partners = [link for link in prefills if pairing(link.record) == pairing(decode.record)]
+        fit = self._pairings[decode.worker_id]
+        partners = [link for link in prefills if self._pairings[link.worker_id] == fit]
         partners = [link for link in partners if link.worker_id not in need.avoid] or partners
         return Route(self._prefill_policy.choose(partners, request), decode, spend)
 
     def candidates(self, model: str) -> tuple[list[PrefillLink], list[DecodeLink]]:
         """Available workers of a model: prefill workers, and such decode workers as have one or need none."""
-        prefills = self._available(PrefillLink, model)
-        pairs = {pairing(link.record) for link in prefills}
-        decodes = self._available(DecodeLink, model)
-        return prefills, [link for link in decodes if is_unified(link.record) or pairing(link.record) in pairs]
+        if (known := self._candidates.get(model)) is None:
+            prefills = self._available(PrefillLink, model)
+            pairs = {self._pairings[link.worker_id] for link in prefills}
+            decodes = self._available(DecodeLink, model)
+            usable = [link for link in decodes if is_unified(link.record) or self._pairings[link.worker_id] in pairs]
+            known = self._candidates[model] = prefills, usable
+        return known
 
     def lacking(self, model: str) -> str:
         """What keeps a model from being served, in a few words; empty when nothing does."""
         prefills, decodes = self.candidates(model)
         if decodes:
             return ""
-        if not self._available(DecodeLink, model):
+        lonely = self._available(DecodeLink, model)
+        if not lonely:
             return "no decode or unified worker is ready"
-        return "no two workers fit each other" if prefills else "no prefill worker is ready"
+        if not prefills:
+            return "no prefill worker is ready"
+        prefill, decode = prefills[0].record, lonely[0].record
+        field, here, there = difference(prefill, decode) or ("model", "", "")
+        return (
+            f"no two workers fit each other: {prefill.worker_id} and {decode.worker_id} differ in {field}: "
+            f"{here!r} and {there!r}"
+        )
 
     def in_flight(self) -> int:
         """Sequences on decode and unified workers."""
@@ -108,6 +125,7 @@ class WorkerPool:
 
     async def close(self) -> None:
         """Close all links. Idempotent."""
+        self._candidates.clear()
         while self._links:
             self._close(self._links.popitem()[1])
         await asyncio.gather(*self._closing)
@@ -119,10 +137,14 @@ class WorkerPool:
             if isinstance(link, kind) and link.available and link.record.model.served_model_name == model
         ]
 
+    def _changed(self) -> None:
+        self._candidates.clear()
+        self._on_change()
+
     def _connect(self, record: types_pb2.Worker) -> Link:
         if record.role == types_pb2.WORKER_ROLE_PREFILL:
-            return PrefillLink(record, self._on_change, self._tls)
-        link = DecodeLink(record, self._on_change, self._tls)
+            return PrefillLink(record, self._changed, self._tls)
+        link = DecodeLink(record, self._changed, self._tls)
         link.on_credit = self.on_credit
         return link
 

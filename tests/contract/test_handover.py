@@ -259,3 +259,88 @@ def test_a_notice_with_another_ticket_is_dropped(pair: Pair, model: tuple[Path, 
     pair.until(lambda: pair.decode.handover.stale_notices == 1)
     assert not pair.decode.of(Tokens)
     assert pair.decode.engine.allocator.ledger.count(PageState.RESERVED) > 0
+
+
+def test_prefill_computes_nothing_before_decode_has_reserved(pair: Pair, model: tuple[Path, list[Answer]]) -> None:
+    """Rooms are computed in the order of their reservations, whatever the order of their prompts."""
+    pair.push = False
+    first, second = model[1][:2]
+    pair.start(1, first.prompt_ids)
+    pair.start(2, second.prompt_ids)
+    engine, handover = pair.prefill.engine, pair.prefill.handover
+    assert not engine.has_work
+    load = handover.load(engine.load())
+    assert (load.waiting, load.waiting_tokens) == (2, len(first.prompt_ids) + len(second.prompt_ids))
+    assert load.credit is None
+    pair.held_back.reverse()
+    pair.push = True
+    pair.relay()
+    assert [sequence.sequence_id for sequence in engine.queue.waiting] == [2, 1]
+    assert pair.outputs(2) == {1: first.token_ids, 2: second.token_ids}
+    assert pair.at_rest()
+
+
+def test_an_idle_optimistic_worker_begins_one_room_early(pair: Pair, model: tuple[Path, list[Answer]]) -> None:
+    pair.push = False
+    pair.prefill.handover._optimistic = True
+    first, second = model[1][:2]
+    pair.start(1, first.prompt_ids)
+    pair.start(2, second.prompt_ids)
+    engine = pair.prefill.engine
+    assert [sequence.sequence_id for sequence in engine.queue.waiting] == [1]
+    assert pair.prefill.handover.load(engine.load()).waiting == 2
+    pair.push = True
+    pair.relay()
+    assert pair.outputs(2) == {1: first.token_ids, 2: second.token_ids}
+    assert pair.at_rest()
+
+
+def test_a_room_that_never_began_ends_in_silence(pair: Pair, model: tuple[Path, list[Answer]]) -> None:
+    pair.push = False
+    ticket = pair.start(1, model[1][0].prompt_ids)
+    pair.prefill.handover.on_message(RoomEnded(ticket, "BOOTSTRAP_TIMEOUT", "decode reserved no pages"))
+    assert pair.prefill.of(RoomQuiet) == [RoomQuiet(ticket)]
+    assert not pair.prefill.handover.pending
+    assert pair.prefill.engine.is_idle
+
+
+def test_decode_grants_below_its_mark_and_says_what_is_left(pair: Pair, model: tuple[Path, list[Answer]]) -> None:
+    """128 pages, 102 of them below the mark; each room takes its prompt's pages and those of its growth."""
+    engine, handover = pair.decode.engine, pair.decode.handover
+    pair.push = False
+    prompt = model[1][0].prompt_ids[:1] * 200
+    long = Sampling(max_new_tokens=1000, temperature=0.0, ignore_eos=True)  # 512 of them are counted
+    cost = -(-(200 + 511) // 16)
+    for number in range(3):
+        pair.start(number, prompt, long)
+    assert len(pair.held_back) == 2
+    credit = handover.load(engine.load()).credit
+    assert credit.limit_pages == 102
+    assert credit.pages == 102 - 3 * cost, "what waits is counted: the routers have overspent"
+    assert credit.sequences == engine.limits.max_running - 3
+    assert handover.on_abort(2)
+    assert handover.load(engine.load()).credit.pages == 102 - 2 * cost
+    for number in range(2):
+        assert handover.on_abort(number)
+    quarantined = 2 * -(-200 // 16)
+    assert handover.load(engine.load()).credit.pages == 102 - quarantined
+    for number in range(3):
+        handover.on_message(RoomReleased(Ticket(f"room-{number}", 1, 1)))
+    assert handover.load(engine.load()).credit.untouched
+
+
+def test_a_retracted_sequence_goes_on_over_a_new_hand_over(pair: Pair, model: tuple[Path, list[Answer]]) -> None:
+    answer = model[1][1]
+    pair.start(1, answer.prompt_ids)
+    pair.until(lambda: sum(len(tokens.token_ids) for tokens in pair.decode.of(Tokens)) >= 5)
+    pair.decode.engine.abort(1)
+    known = [token for tokens in pair.decode.of(Tokens) for token in tokens.token_ids]
+    ticket = Ticket("room-2", 2, 1)
+    for side in (pair.decode, pair.prefill):
+        side.handover.start(StartSequence(2, "request-1", ticket, answer.prompt_ids, GREEDY, known))
+    pair.relay()
+    pair.until(lambda: any(tokens.finish for tokens in pair.decode.of(Tokens)))
+    again = [tokens for tokens in pair.decode.of(Tokens) if tokens.sequence_id == 2]
+    assert again[0].offset == len(known)
+    assert known + [token for tokens in again for token in tokens.token_ids] == answer.token_ids
+    assert pair.at_rest()

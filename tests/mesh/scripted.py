@@ -36,7 +36,7 @@ CONTEXT, VOCABULARY = 512, 300
 BOS, EOS = 256, 257
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"  # noqa: E501
 
-News = decode_pb.SequenceTokens | prefill_pb.SequenceFailed
+News = decode_pb.SequenceTokens | decode_pb.SequenceRetracted | prefill_pb.SequenceFailed
 Script = Callable[[decode_pb.DecodeStart], AsyncIterator[News]]
 
 
@@ -202,6 +202,8 @@ class ScriptedWorker:
             event = decode_pb.DecodeEvent(sequence_id=start.sequence_id)
             if isinstance(news, decode_pb.SequenceTokens):
                 event.tokens.CopyFrom(news)
+            elif isinstance(news, decode_pb.SequenceRetracted):
+                event.retracted.SetInParent()
             else:
                 event.failed.CopyFrom(news)
             outbox.put_nowait(decode_pb.DecodeServiceSessionResponse(events=[event]))

@@ -16,6 +16,7 @@ from common.engine.emulated_times import DecodeTimes, PrefillTimes, Times
 from common.engine.engine import Engine, StepResult
 from common.engine.messages import Sampling, Tokens
 from common.engine.request import Sequence
+from common.engine.uniform import uniform, uniforms
 from common.errors.base import MeshError, Reason
 from common.kvcache.allocator import PageAllocator
 from common.models.config import read_config
@@ -100,6 +101,11 @@ def test_output_never_ends_by_itself_but_at_a_stop_token() -> None:
     kept = outputs_of(sequence(1, max_new_tokens=60, min_new_tokens=60, stop_token_ids=(long[50],)))[1]
     assert len(kept) == 60
     assert long[50] not in kept
+
+
+def test_one_number_is_that_of_many() -> None:
+    seeds, positions = [0, 1, 5, 2**63, 2**64 - 1, 2**64, -1], [0, 1, 2, 1000, 2**40, 3, 4]
+    assert [uniform(*pair) for pair in zip(seeds, positions, strict=True)] == uniforms(seeds, positions).tolist()
 
 
 def test_logprobs_are_those_of_a_uniform_distribution() -> None:

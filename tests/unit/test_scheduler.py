@@ -185,3 +185,16 @@ def test_everything_ends_in_a_pool_that_is_far_too_small(seed: int) -> None:
             break
     assert [len(sequence.output_ids) for sequence in sequences] == [s.sampling.max_new_tokens for s in sequences]
     assert bench.allocator.ledger.at_rest
+
+
+def test_an_adopted_sequence_leaves_when_it_is_retracted() -> None:
+    bench = Bench(num_pages=4, chunk_tokens=100)
+    old, young = bench.add(4), bench.add(4)
+    bench.step()
+    young.adopted = True
+    retracted: list[Sequence] = []
+    while not retracted:
+        retracted = bench.step().retracted
+    assert retracted == [young]
+    assert (young.status, young.pages) == (Status.ENDED, [])
+    assert (bench.queue.running, bench.queue.waiting) == ([old], [])

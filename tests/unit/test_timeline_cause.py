@@ -203,7 +203,7 @@ def test_after_a_hand_over_the_end_of_the_sequence_is_told() -> None:
 
 
 def test_a_long_wait_names_what_is_waited_for() -> None:
-    story = Story().after(41.0)
+    story = Story().after(41.5)
     story.told("decode-0", running=31, in_use=512, waiting=1)
     assert story.after(42.0).cause() == Cause(
         "Under way for 42.0 s: decode-0 granted no pages for 42.0 s: 512 of 512 pages were in use by 31 sequences, "

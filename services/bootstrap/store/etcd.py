@@ -16,6 +16,7 @@ log = get_logger(__name__)
 
 LEASE_TTL_S = 3
 RETRY_S = 0.2
+REVOKE_TIMEOUT_S = 1.0
 PAGE = 1000
 
 
@@ -51,9 +52,10 @@ class EtcdStore:
             await asyncio.gather(self._keep_alive, return_exceptions=True)
             self._keep_alive = None
             try:
-                await self.client.lease_revoke(self._lease_id)
-            except MeshError as error:  # it ends by itself
-                log.warning("cannot revoke the lease", error=error.message)
+                async with asyncio.timeout(REVOKE_TIMEOUT_S):
+                    await self.client.lease_revoke(self._lease_id)
+            except (MeshError, TimeoutError) as error:  # it ends by itself
+                log.warning("cannot revoke the lease", error=str(error))
         await self.client.close()
         if self._server:
             await self._server.stop()

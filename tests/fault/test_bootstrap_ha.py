@@ -1,0 +1,163 @@
+"""The control plane dies, or its store does, under load: no request is lost that need not be.
+
+PDMESH_SOAK=1 runs all at full size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from common.cli.default_model import default_model_path
+from services.bootstrap.shards import DEFAULT_SHARDS as SHARDS
+from services.bootstrap.store.etcd_server import free_port
+from tests.fault.cluster import SOAK, Cluster, Load, cluster, etcd
+from tests.mesh.harness import Client, running, scrape, wait_until
+
+pytestmark = [pytest.mark.fault, pytest.mark.slow]
+
+MODEL = str(default_model_path())
+REQUESTS = 320 if SOAK else 48
+CONCURRENCY = 16 if SOAK else 8
+TOKENS = 24
+AWAY_S = 20.0 if SOAK else 5.0
+
+Fault = Callable[[], Awaitable[None]]
+
+
+def start_replicas(mesh: Cluster, store: str, count: int) -> str:
+    flags = ("--port", "0", "--metrics-port", "0", "--store", store)
+    replicas = [mesh.start(f"bootstrap-{index}", *flags) for index in range(count)]
+    return ",".join(str(replica.listening.grpc) for replica in replicas)
+
+
+def shards_of(mesh: Cluster, name: str) -> int:
+    """How many shards the replica says that it owns."""
+    metrics = scrape(str(mesh.services[name].listening.metrics))
+    [line] = [line for line in metrics.splitlines() if line.startswith("pdmesh_shards_owned ")]
+    return int(float(line.split()[1]))
+
+
+def under_load(mesh: Cluster, fault: Fault | None) -> Load:
+    """Runs the load, with the fault in its first third, and hands it back with its outcomes."""
+
+    async def run() -> Load:
+        async with mesh.client() as client:
+            load = Load(client, CONCURRENCY, TOKENS)
+            await load.run(REQUESTS, at=REQUESTS // 3, fault=fault)
+            return load
+
+    return asyncio.run(run())
+
+
+def check_that_none_was_lost(mesh: Cluster, fault: Fault) -> None:
+    calm = under_load(mesh, None)
+    assert not calm.failures()
+    load = under_load(mesh, fault)
+    assert not load.failures(), load.failures()
+    for number, outcome in load.outcomes.items():
+        expected = calm.outcomes[number].result
+        assert outcome.result
+        assert expected
+        assert outcome.result.token_ids == expected.token_ids
+    assert mesh.workers_alive()
+    wait_until(mesh.at_rest, 60, "the ledgers are at rest")
+
+
+def test_a_replica_is_killed(tmp_path: Path) -> None:
+    with etcd(tmp_path) as store, cluster(tmp_path) as mesh:
+        mesh.start_mesh(start_replicas(mesh, store.store, 2), MODEL)
+
+        assert shards_of(mesh, "bootstrap-0") == shards_of(mesh, "bootstrap-1") == SHARDS // 2
+
+        async def kill_one() -> None:
+            mesh.services["bootstrap-0"].kill()
+
+        check_that_none_was_lost(mesh, kill_one)
+        assert shards_of(mesh, "bootstrap-1") == SHARDS
+
+
+def test_a_replica_that_slept_is_not_listened_to(tmp_path: Path) -> None:
+    """Its lease lapses, its shards go to the other, and then it wakes up and takes itself for their owner."""
+    with etcd(tmp_path) as store, cluster(tmp_path) as mesh:
+        mesh.start_mesh(start_replicas(mesh, store.store, 2), MODEL)
+        sleeper = mesh.services["bootstrap-0"]
+
+        async def sleep() -> None:
+            os.kill(sleeper.pid, signal.SIGSTOP)
+            await asyncio.to_thread(wait_until, lambda: shards_of(mesh, "bootstrap-1") == SHARDS, 30, "it took over")
+            os.kill(sleeper.pid, signal.SIGCONT)
+
+        check_that_none_was_lost(mesh, sleep)
+        wait_until(lambda: shards_of(mesh, "bootstrap-0") == SHARDS // 2, 30, "the shards are shared again")
+        assert not under_load(mesh, None).failures()
+
+
+def test_etcd_stops_and_comes_back(tmp_path: Path) -> None:
+    with etcd(tmp_path) as store, cluster(tmp_path) as mesh:
+        mesh.start_mesh(start_replicas(mesh, store.store, 2), MODEL)
+
+        async def stop_for_a_while() -> None:
+            store.kill()
+            await asyncio.sleep(AWAY_S)
+            await asyncio.to_thread(store.start)
+
+        check_that_none_was_lost(mesh, stop_for_a_while)
+        assert not under_load(mesh, None).failures()
+
+
+def test_one_of_three_members_of_etcd_is_killed(tmp_path: Path) -> None:
+    with etcd(tmp_path, 3) as store, cluster(tmp_path) as mesh:
+        mesh.start_mesh(start_replicas(mesh, store.store, 2), MODEL)
+
+        async def kill_one() -> None:
+            store.kill(0)  # the endpoint that all clients use first
+
+        check_that_none_was_lost(mesh, kill_one)
+
+
+def test_the_only_bootstrap_is_killed_and_started_again(tmp_path: Path) -> None:
+    flags = ("--port", str(free_port()), "--metrics-port", "0", "--disaggregation-heartbeat-interval", "1")
+    with cluster(tmp_path) as mesh:
+        mesh.start_mesh(str(mesh.start("bootstrap-0", *flags).listening.grpc), MODEL)
+        streaming: set[int] = set()
+
+        async def restart() -> None:
+            mesh.services["bootstrap-0"].kill()
+            streaming.update(load.begun)
+            await asyncio.to_thread(mesh.start, "bootstrap-0", *flags)
+
+        async def run() -> None:
+            nonlocal load
+            async with mesh.client() as client:
+                load = Load(client, CONCURRENCY, TOKENS)
+                await load.run(REQUESTS, at=REQUESTS // 3, fault=restart)
+
+        load: Load
+        asyncio.run(run())
+        failures = load.failures()
+        assert not streaming & failures.keys(), failures
+        assert all(error.retryable for error in failures.values()), failures
+        assert mesh.workers_alive()
+        wait_until(mesh.at_rest, 60, "the ledgers are at rest")
+        assert not under_load(mesh, None).failures()
+
+
+def test_up_starts_several_replicas_and_outlives_one() -> None:
+    with running("--bootstraps", "2", "--store", "etcd", "--unified", "1") as mesh:
+        first, second = mesh.of("bootstrap")
+
+        async def ask() -> str:
+            async with Client(mesh.grpc) as client:
+                return (await client.generate("What is 123 + 456?", temperature=0)).text
+
+        assert "579" in asyncio.run(ask())
+        os.kill(first["pid"], signal.SIGKILL)
+        wait_until(lambda: "others go on" in mesh.log.read_text(), 20, "its end is noticed")
+        assert "579" in asyncio.run(ask())
+        assert scrape(second["metrics"])

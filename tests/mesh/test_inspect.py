@@ -1,0 +1,425 @@
+"""Faults in a real mesh, and what `Explain` says of them; everything is asked with JSON through reflection."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import sysconfig
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from common.errors.base import MeshError, Reason
+from common.mesh.router_session import RouterSession
+from common.mesh.ticket import Ticket
+from common.mesh.wire import ticket_to
+from common.rpc.channel import connect
+from pdmesh.v1 import bootstrap_service_pb2 as pb
+from pdmesh.v1 import bootstrap_service_pb2_grpc as bootstrap_grpc
+from pdmesh.v1 import decode_service_pb2 as decode_pb
+from pdmesh.v1 import decode_service_pb2_grpc as decode_grpc
+from pdmesh.v1 import router_service_pb2 as router_pb
+from pdmesh.v1 import types_pb2 as types
+from tests.mesh.harness import Client
+from tests.mesh.processes import Services, services
+
+pytestmark = [pytest.mark.mesh, pytest.mark.fault, pytest.mark.slow]
+
+BUF = Path(sysconfig.get_path("scripts")) / "buf"
+PATIENCE_S = 30.0
+PROMPT = list(range(3, 43))  # 40 tokens, 3 pages
+BEATS = ("--disaggregation-heartbeat-interval", "0.3", "--disaggregation-heartbeat-max-failure", "60")
+SLOW_DECODE = "[decode]\nbase_s = 0.05\n"
+TINY_POOL = ("--max-total-tokens", "512")  # 32 pages
+
+
+class Mesh(Services):
+    """What this file asks of a mesh."""
+
+    def call(self, method: str, **request: Any) -> dict[str, Any]:
+        """Call bootstrap as a person would. Raises `Refused`."""
+        url = f"http://{self['bootstrap'].grpc}/pdmesh.v1.BootstrapService/{method}"
+        command = [BUF, "curl", "--protocol", "grpc", "--http2-prior-knowledge", "-d", json.dumps(request), url]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        if ended.returncode:
+            raise Refused(json.loads(ended.stderr))
+        answer: dict[str, Any] = json.loads(ended.stdout)
+        return answer
+
+    def pdmesh(self, *arguments: str) -> str:
+        """What one of the operator's commands prints."""
+        command = [sys.executable, "-m", "common.cli.main", *arguments, "--bootstrap", self["bootstrap"].grpc]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    def whole(self, *flags: str, prefill: Sequence[str] = (), decode: Sequence[str] = ()) -> None:
+        """A bootstrap with `flags`, a worker of each kind, and a router; not ready yet."""
+        self.bootstrap(*BEATS, *flags)
+        self.worker("prefill", "prefill-0", *prefill)
+        self.worker("decode", "decode-0", *decode)
+        self.router()
+
+    def profile(self, name: str, text: str) -> tuple[str, str]:
+        path = self.folder / f"{name}.toml"
+        path.write_text(text)
+        return "--emulated-profile", str(path)
+
+    def ask(self, request_id: str, *, timeout_s: float = 60, **sampling: Any) -> Asked:
+        """Send a request of long life through the router."""
+        return Asked(self["router"].grpc, request_id, timeout_s, sampling)
+
+    async def room(self, request_id: str, *states: str) -> dict[str, Any]:
+        """The request's room, once it is in one of `states`."""
+
+        def found() -> dict[str, Any] | None:
+            rooms = self.call("ListRooms", requestId=request_id).get("rooms", [])
+            return next((room for room in rooms if room["state"].removeprefix("ROOM_STATE_") in states), None)
+
+        return await until(found)
+
+    async def explained(self, request_id: str, *words: str) -> tuple[str, str]:
+        """The sentence and the reason, once the sentence has all `words` in it."""
+        said: dict[str, Any] = {}
+
+        def has_them() -> bool:
+            said.update(self.call("Explain", requestId=request_id))
+            return all(word in said["summary"] for word in words)
+
+        try:
+            await until(has_them, 10)
+        except TimeoutError:
+            raise AssertionError(f"{words} are not in: {json.dumps(said, indent=1)[:4000]}") from None
+        return said["summary"], said.get("reason", "")
+
+
+class Refused(Exception):
+    """A call was refused; `code` is gRPC's."""
+
+    def __init__(self, said: dict[str, Any]) -> None:
+        super().__init__(said["message"])
+        self.code, self.message = said["code"], said["message"]
+
+
+class Asked:
+    """A running request. Leave it as a context to give it up."""
+
+    def __init__(self, address: str, request_id: str, timeout_s: float, sampling: dict[str, Any]) -> None:
+        given = types.SamplingParams(max_new_tokens=1500, ignore_eos=True)
+        given.MergeFrom(types.SamplingParams(**sampling))
+        request = router_pb.GenerateRequest(request_id=request_id, sampling=given, stream=True)
+        request.token_ids.ids.extend(PROMPT)
+        self.client = Client(address)
+        self.call: Any = self.client.router.Generate(request, timeout=timeout_s, wait_for_ready=True)
+
+    async def __aenter__(self) -> Asked:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.call.cancel()
+        await self.client.channel.close()
+
+    async def first_token(self) -> None:
+        assert (await self.call.read()).token_ids
+
+    async def rest(self) -> list[router_pb.GenerateResponse]:
+        """What is still to come."""
+        answers = []
+        while (answer := await self.call.read()) is not grpc.aio.EOF:
+            answers.append(answer)
+        return answers
+
+    async def failure(self) -> grpc.StatusCode:
+        """How it ends; whatever comes before is passed over."""
+        async with asyncio.timeout(PATIENCE_S):
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await self.rest()
+            code: grpc.StatusCode = await self.call.code()
+        assert code is not grpc.StatusCode.OK, "it did not fail"
+        return code
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Mesh]:
+    with services(tmp_path, Mesh) as mesh:
+        yield mesh
+
+
+async def until(find: Any, patience_s: float = PATIENCE_S) -> Any:
+    """What `find` finds, which may block for a moment."""
+    async with asyncio.timeout(patience_s):
+        while True:
+            if found := await asyncio.to_thread(find):
+                return found
+            await asyncio.sleep(0.05)
+
+
+async def ready(mesh: Mesh, *workers: str) -> None:
+    """Wait until the workers have registered and the router, if there is one, can serve."""
+
+    def is_ready() -> bool:
+        known = {worker["workerId"] for worker in mesh.call("ListWorkers").get("workers", [])}
+        if not known >= set(workers or ("prefill-0", "decode-0")):
+            return False
+        return "router" not in mesh.by_name or httpx.get(f"http://{mesh['router'].listening.http}/ready").is_success
+
+    await until(is_ready)
+
+
+# ------------------------------------------------------------------------------------------ faults
+
+
+async def test_prefill_killed(mesh: Mesh) -> None:
+    mesh.whole()
+    await ready(mesh)
+    mesh["prefill-0"].signal(signal.SIGSTOP)
+    async with mesh.ask("killed") as asked:
+        await mesh.room("killed", "WAITING_FOR_INPUT")
+        mesh["prefill-0"].kill()
+        assert await asked.failure() is grpc.StatusCode.UNAVAILABLE
+        said, reason = await mesh.explained("killed", "prefill-0 is gone", "its session broke")
+        assert reason == "WORKER_LOST"
+        assert "while prefill-0 computed the prompt" in said
+
+
+async def test_decode_killed_before_the_pages_arrive(mesh: Mesh) -> None:
+    mesh.whole()
+    await ready(mesh)
+    mesh["prefill-0"].signal(signal.SIGSTOP)
+    async with mesh.ask("killed") as asked:
+        await mesh.room("killed", "WAITING_FOR_INPUT")
+        mesh["decode-0"].kill()
+        assert await asked.failure() is grpc.StatusCode.UNAVAILABLE
+        _, reason = await mesh.explained("killed", "decode-0 is gone", "its session broke")
+        assert reason == "WORKER_LOST"
+
+
+async def test_decode_killed_while_it_generates(mesh: Mesh) -> None:
+    mesh.whole(decode=mesh.profile("slow", SLOW_DECODE))
+    await ready(mesh)
+    async with mesh.ask("killed") as asked:
+        await asked.first_token()
+        mesh["decode-0"].kill()
+        assert await asked.failure() is grpc.StatusCode.UNAVAILABLE
+        said, reason = await mesh.explained("killed", "decode-0 is gone", "while decode-0 generated")
+        assert reason == "WORKER_LOST"
+        assert "its session broke" in said
+
+
+async def test_bootstrap_timeout_because_decodes_pool_is_full(mesh: Mesh) -> None:
+    """Past the router, which would not have opened a room that decode has no credit for."""
+    mesh.whole("--disaggregation-bootstrap-timeout", "1.5", decode=(*mesh.profile("slow", SLOW_DECODE), *TINY_POOL))
+    await ready(mesh)
+    async with decode_leg(mesh, [start(1, [5] * 300, None)]) as filler:  # 19 of 32 pages
+        await filler.read()
+        async with opened(mesh, "full", prompt_tokens=300) as ticket, decode_leg(mesh, [start(2, [5] * 300, ticket)]):
+            said, reason = await mesh.explained("full", "decode-0 granted no pages for 1.5 s")
+    assert reason == "BOOTSTRAP_TIMEOUT"
+    assert re.search(r"(19|20|21|22) of 32 pages were in use by 1 sequence, 1\d free, 19 needed", said), said
+
+
+async def test_waiting_timeout_of_a_prefill_worker_that_stands_still(mesh: Mesh) -> None:
+    mesh.whole("--disaggregation-waiting-timeout", "1.5")
+    await ready(mesh)
+    mesh["prefill-0"].signal(signal.SIGSTOP)
+    async with mesh.ask("still") as asked:
+        assert await asked.failure() is grpc.StatusCode.UNAVAILABLE
+        said, reason = await mesh.explained("still", "prefill-0 began no transfer for 1.5 s")
+    assert reason == "WAITING_TIMEOUT"
+    assert "after decode-0 granted 3 pages" in said
+    assert "it had not been heard from for" in said
+
+
+async def test_client_abort_before_and_after_the_hand_over(mesh: Mesh) -> None:
+    mesh.whole(decode=mesh.profile("slow", SLOW_DECODE))
+    await ready(mesh)
+    async with mesh.ask("after") as asked:
+        await asked.first_token()
+    said, reason = await mesh.explained("after", "the router gave the request up", "the client left")
+    assert reason == "ABORTED"
+    assert said.startswith("The hand-over succeeded in")
+    mesh["prefill-0"].signal(signal.SIGSTOP)
+    async with mesh.ask("before"):
+        await mesh.room("before", "WAITING_FOR_INPUT")
+    said, reason = await mesh.explained("before", "The router gave the request up", "the client left")
+    assert reason == "ABORTED"
+    assert "while prefill-0 computed the prompt" in said
+
+
+async def test_deadline_before_and_after_the_hand_over(mesh: Mesh) -> None:
+    mesh.whole(decode=mesh.profile("slow", SLOW_DECODE))
+    await ready(mesh)
+    async with mesh.ask("after", timeout_s=1.5) as asked:
+        assert await asked.failure() is grpc.StatusCode.DEADLINE_EXCEEDED
+        said, reason = await mesh.explained("after", "The request's deadline", "passed while decode-0 generated")
+        assert reason == "DEADLINE_EXCEEDED"
+    mesh["prefill-0"].signal(signal.SIGSTOP)
+    async with mesh.ask("before", timeout_s=1.5) as asked:
+        assert await asked.failure() is grpc.StatusCode.DEADLINE_EXCEEDED
+        said, reason = await mesh.explained("before", "The request's deadline", "prefill-0 began no transfer for")
+        assert reason == "DEADLINE_EXCEEDED"
+        assert "it had not been heard from for" in said
+
+
+async def test_workers_that_do_not_fit(mesh: Mesh) -> None:
+    mesh.whole(decode=("--page-size", "32"))
+    await until(lambda: len(mesh.call("ListWorkers").get("workers", [])) == 2)
+    where = "kv_layout.page_size: 16 and 32"
+    with pytest.raises(MeshError) as caught:
+        async with opened(mesh, "unfit", prompt_tokens=40):
+            pass
+    assert caught.value.reason is Reason.LAYOUT_MISMATCH
+    said, reason = await mesh.explained("unfit", "No room was opened", where)
+    assert reason == "LAYOUT_MISMATCH"
+    async with mesh.ask("unroutable", timeout_s=20) as asked:  # the router pairs none that do not fit
+        assert await asked.failure() is grpc.StatusCode.UNAVAILABLE
+        said, reason = await mesh.explained("unroutable", "no two workers fit each other", where)
+        assert reason == "NO_WORKER"
+        assert "prefill-0" in said
+        assert "decode-0" in said
+
+
+# ------------------------------------------------------------------------------------------ verbs and views
+
+
+async def test_an_operator_aborts_a_room(mesh: Mesh) -> None:
+    mesh.whole()
+    await ready(mesh)
+    mesh["prefill-0"].signal(signal.SIGSTOP)
+    async with mesh.ask("unwanted") as asked:
+        room = await mesh.room("unwanted", "WAITING_FOR_INPUT")
+        room_id = room["ticket"]["roomId"]
+        answer = mesh.call("AbortRoom", roomId=room_id, message="making room")
+        assert (answer["room"]["state"], answer["room"]["reason"]) == ("ROOM_STATE_FAILED", "ABORTED")
+        assert await asked.failure() is grpc.StatusCode.CANCELLED
+        with pytest.raises(Refused, match="has failed already: ABORTED"):
+            mesh.call("AbortRoom", roomId=room_id)
+        _, reason = await mesh.explained("unwanted", "An operator aborted the room", "making room")
+        assert reason == "ABORTED"
+        moments = mesh.call("GetRoom", roomId=room_id)["timeline"]["moments"]
+    assert [(moment["event"], moment["by"]) for moment in moments[:3]] == [
+        ("Opened", "router"),
+        ("Reserved", "decode-0"),
+        ("Abort", "operator"),
+    ]
+    assert all(moment["decode"]["load"]["ledger"] for moment in moments)
+
+
+async def test_a_worker_is_drained_and_leaves_in_order(mesh: Mesh) -> None:
+    mesh.whole(decode=mesh.profile("slow", SLOW_DECODE))
+    await ready(mesh)
+    async with mesh.ask("last", max_new_tokens=30) as asked:
+        await asked.first_token()
+        answer = await asyncio.to_thread(mesh.call, "DrainWorker", workerId="decode-0", timeout="60s")
+        assert answer["worker"]["state"] == "WORKER_STATE_DRAINING"
+        assert (await asked.rest())[-1].finish_reason == types.FINISH_REASON_LENGTH
+    assert await asyncio.to_thread(mesh["decode-0"].process.wait, PATIENCE_S) == 0
+    await until(lambda: [w["workerId"] for w in mesh.call("ListWorkers")["workers"]] == ["prefill-0"])
+    with pytest.raises(Refused, match="no worker 'decode-0'"):
+        mesh.call("DrainWorker", workerId="decode-0")
+    with pytest.raises(Refused, match="drain it, and start it again") as caught:
+        mesh.call("SetWorkerRole", workerId="prefill-0", role="WORKER_ROLE_DECODE")
+    assert caught.value.code == "unimplemented"
+
+
+async def test_lists_filters_and_the_watch(mesh: Mesh) -> None:
+    mesh.whole()
+    await ready(mesh)
+    async with channel_to(mesh["bootstrap"].grpc) as channel:
+        watch = bootstrap_grpc.BootstrapServiceStub(channel).WatchRooms(pb.WatchRoomsRequest(request_id="seen"))
+        await watch.wait_for_connection()
+        async with mesh.ask("seen", max_new_tokens=3) as asked:
+            assert (await asked.rest())[-1].finish_reason == types.FINISH_REASON_LENGTH
+        events: list[str] = []
+        async with asyncio.timeout(PATIENCE_S):
+            while "Closed" not in events:
+                events += [change.moment.event for change in (await watch.read()).changes]
+        watch.cancel()
+    assert events == ["Opened", "Reserved", "Transferring", "Transferred", "Closed"]
+
+    assert mesh.call("ListRooms", requestId="seen", workerId="decode-0", state="ROOM_STATE_SUCCESS")["rooms"]
+    for filters in ({"minAge": "1000s"}, {"workerId": "nobody"}, {"state": "ROOM_STATE_FAILED"}):
+        assert not mesh.call("ListRooms", requestId="seen", **filters).get("rooms")
+    ledgers = mesh.call("GetLedger")["workers"]
+    assert [ledger["workerId"] for ledger in ledgers] == ["decode-0", "prefill-0"]
+    assert all(ledger["ledger"]["free"] == ledger["pages"] for ledger in ledgers)
+    _, reason = await mesh.explained("seen", "The hand-over succeeded in")
+    assert reason == ""
+    for request in ({}, {"requestId": "never", "roomId": "both"}):
+        with pytest.raises(Refused, match="either request_id or room_id"):
+            mesh.call("Explain", **request)
+    with pytest.raises(Refused, match="is remembered"):
+        mesh.call("Explain", requestId="never")
+
+
+async def test_the_operators_commands(mesh: Mesh) -> None:
+    mesh.whole()
+    await ready(mesh)
+    async with mesh.ask("shown", max_new_tokens=3) as asked:
+        assert await asked.rest()
+    assert all(name in mesh.pdmesh("workers") for name in ("prefill-0", "decode-0", "READY"))
+    (room,) = json.loads(mesh.pdmesh("rooms", "--request-id", "shown", "--json"))
+    room_id = room["ticket"]["roomId"]
+    assert room_id in mesh.pdmesh("rooms", "--state", "success")
+    for name in ("shown", room_id):
+        shown = mesh.pdmesh("explain", name)
+        assert "The hand-over succeeded in" in shown
+        assert all(event in shown for event in ("Opened", "Reserved", "Transferring", "Transferred"))
+    assert json.loads(mesh.pdmesh("explain", "shown", "--json"))["rooms"]
+    assert "prefill-0" in mesh.pdmesh("top", "--count", "2", "--interval", "0.1")
+    (look,) = map(json.loads, mesh.pdmesh("top", "--json", "--count", "1").splitlines())
+    assert {worker["workerId"] for worker in look["workers"]} == {"prefill-0", "decode-0"}
+    for arguments in (("abort", room_id), ("abort", "none"), ("explain", "none"), ("drain", "none")):
+        with pytest.raises(subprocess.CalledProcessError) as caught:
+            mesh.pdmesh(*arguments)
+        assert len(caught.value.stderr.splitlines()) == 1, caught.value.stderr
+    assert "has left" in mesh.pdmesh("drain", "decode-0")
+
+
+# ------------------------------------------------------------------------------------------ past the router
+
+
+@asynccontextmanager
+async def channel_to(address: str) -> AsyncIterator[grpc.aio.Channel]:
+    async with connect(address) as channel:
+        yield channel
+
+
+@asynccontextmanager
+async def opened(mesh: Mesh, request_id: str, prompt_tokens: int) -> AsyncIterator[Ticket]:
+    """A room, opened as a router does."""
+    session = RouterSession(mesh["bootstrap"].grpc)
+    session.start()
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            await session.ready.wait()
+        wanted = pb.OpenRoom(request_id=request_id, attempt=1, prompt_tokens=prompt_tokens)
+        wanted.prefill_worker_id, wanted.decode_worker_id = "prefill-0", "decode-0"
+        yield await session.open_room(wanted, 5)
+    finally:
+        await session.close()
+
+
+def start(sequence_id: int, prompt: list[int], ticket: Ticket | None) -> decode_pb.DecodeCommand:
+    begin = decode_pb.DecodeStart(sequence_id=sequence_id, ticket=ticket_to(ticket) if ticket else None)
+    begin.prompt_ids.extend(prompt)
+    begin.sampling.CopyFrom(types.SamplingParams(max_new_tokens=180, ignore_eos=True))
+    return decode_pb.DecodeCommand(start=begin)
+
+
+@asynccontextmanager
+async def decode_leg(mesh: Mesh, commands: list[decode_pb.DecodeCommand]) -> AsyncIterator[Any]:
+    """A router's stream to decode-0, on which `commands` have been sent."""
+    async with channel_to(mesh["decode-0"].grpc) as channel:
+        call: Any = decode_grpc.DecodeServiceStub(channel).Session()
+        await call.write(decode_pb.DecodeServiceSessionRequest(commands=commands))
+        yield call
+        call.cancel()
