@@ -53,8 +53,8 @@ else
 	@$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
 endif
 
-soak: setup ## everything that starts or breaks real services, SOAK times over, one after the other
-	@for round in $$(seq $(SOAK)); do $(BIN)/python -m pytest -m "mesh or fault" $(PYTEST_ARGS) || exit 1; done
+soak: setup ## everything that starts or breaks real services, at full size, SOAK times over, one after the other
+	@for round in $$(seq $(SOAK)); do PDMESH_SOAK=1 $(BIN)/python -m pytest -m "mesh or fault" $(PYTEST_ARGS) || exit 1; done
 
 clean: ## remove environments, caches and build results
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -9,9 +9,9 @@ in prefill/decode mode, on one machine and without etcd or NATS:
 
     export DYN_FILE_KV=$(mktemp -d) HF_HUB_OFFLINE=1
     plane="--discovery-backend file --request-plane tcp --event-plane zmq"
-    mock="python -m dynamo.mocker --model-path MODEL --model-name tiny --speedup-ratio 1000 $plane --disaggregation-mode"
+    mock="python -m dynamo.mocker --model-path MODEL --model-name tiny --speedup-ratio 1000 $plane"
     python -m dynamo.frontend --http-host 127.0.0.1 --http-port 8001 --router-mode round-robin $plane &
-    $mock prefill & $mock decode &
+    $mock --disaggregation-mode prefill & $mock --disaggregation-mode decode &
 
 All are asked the same. Rounds take turns, and the best of each counts: whatever else runs here slows, nothing speeds.
 """

@@ -15,6 +15,7 @@ from pathlib import Path
 from common.cli.abort import AbortConfig
 from common.cli.console import ConsoleConfig
 from common.cli.drain import DrainConfig
+from common.cli.emulate import EmulateConfig
 from common.cli.generate import GenerateConfig
 from common.cli.launch import UpConfig
 from common.cli.rooms import RoomsConfig
@@ -38,6 +39,7 @@ COMMANDS: dict[str, type] = {
     "prefill, decode, unified": WorkerConfig,
     "router": RouterProcessConfig,
     "up": UpConfig,
+    "emulate": EmulateConfig,
     "generate": GenerateConfig,
     "rooms": RoomsConfig,
     "top": TopConfig,

@@ -18,7 +18,7 @@ ROOM_COLOURS = {"SUCCESS": "green", "FAILED": "red"}
 
 def workers_table(workers: Iterable[types.Worker]) -> Table:
     table = plain("WORKER", "ROLE", "STATE", "ADDRESS", "MODEL")
-    for name in ("RUNNING", "WAITING", "CREDIT", "FREE", "RESERVED", "IN USE", "CACHED", "QUARANTINED"):
+    for name in ("RUNNING", "WAITING", "CREDIT", "FREE", "RESERVED", "IN USE", "CACHED", "QUARANTINED", "AUDIT"):
         table.add_column(name, justify="right")
     for worker in workers:
         state, load = word(types.WorkerState, worker.state), worker.load
@@ -33,8 +33,18 @@ def workers_table(workers: Iterable[types.Worker]) -> Table:
             str(load.waiting),
             credit,
             *(str(pages) for pages in ledger_cells(load.ledger)),
+            audit(load.audit),
         )
     return table
+
+
+def audit(found: types.LedgerAudit) -> str:
+    """What a worker's own audits of its pages found."""
+    if not found.runs:
+        return ""
+    if not found.leaked_pages and not found.disputed_pages:
+        return "ok"
+    return f"[red]{found.leaked_pages} leaked, {found.disputed_pages} disputed[/]"
 
 
 def rooms_table(rooms: Iterable[types.Room], now: float) -> Table:

@@ -271,8 +271,8 @@ def reserved(room: Room, event: Reserved, now: float) -> Transition:
         moved = replace(room, state=State.WAITING_FOR_INPUT, changed_at=now, reservation=event.reservation)
         return Transition(moved, (Effect.PUSH_RESERVATION, Effect.PERSIST))
     if room.state is State.FAILED:
-        # granted while the room failed: nobody will write there, unless this repeats what prefill was given
-        return wrong_state(room, "reserved", () if room.quarantined else (Effect.RELEASE,))
+        # granted while the room failed, or by one that has not heard of it: decode may still be waiting for bytes
+        return wrong_state(room, "reserved", end_of_decode(room))
     if event.reservation != room.reservation:
         return wrong_state(room, "reserved")
     return Transition(room)
@@ -375,14 +375,17 @@ def held_by_decode(room: Room) -> Transition:
     """It hears how a failed room ended, and what is known of its writer."""
     if room.state is not State.FAILED:
         return Transition(room)
-    effects = [Effect.END_DECODE]
-    if not room.quarantined:
-        effects.append(Effect.RELEASE)
-    elif room.prefill_lost:
-        effects.append(Effect.FENCE)
+    effects = end_of_decode(room)
     if not room.decode_lost:
-        return Transition(room, tuple(effects))
+        return Transition(room, effects)
     return Transition(replace(room, decode_lost=False), (*effects, Effect.PERSIST))
+
+
+def end_of_decode(room: Room) -> tuple[Effect, ...]:
+    """All that decode has to know of a room that failed."""
+    if not room.quarantined:
+        return (Effect.END_DECODE, Effect.RELEASE)
+    return (Effect.END_DECODE, Effect.FENCE) if room.prefill_lost else (Effect.END_DECODE,)
 
 
 def wrong_state(room: Room, event: str, effects: tuple[Effect, ...] = ()) -> Transition:

@@ -104,10 +104,11 @@ class RouterSession(Replicas["RouterLink"]):
         abort = pb.AbortRoom(ticket=ticket_to(ticket), reason=reason, message=message)
         self._send(ticket, pb.RouterEvent(abort=abort))
 
-    def close_room(self, ticket: Ticket) -> None:
-        """The sequence is over: nothing more is told about the room. To give one up, abort it first."""
+    def close_room(self, ticket: Ticket, why: str = "") -> None:
+        """The sequence is over, or goes on elsewhere, for a reason to be remembered: nothing more is told about the
+        room. To give one up, abort it first."""
         self._open.pop(ticket, None)
-        self._send(ticket, pb.RouterEvent(close=pb.CloseRoom(ticket=ticket_to(ticket))))
+        self._send(ticket, pb.RouterEvent(close=pb.CloseRoom(ticket=ticket_to(ticket), message=why)))
 
     def request_failed(self, request_id: str, error: MeshError) -> None:
         """Tell bootstrap that a request failed, so that it can be explained; without a session it is lost."""
@@ -153,6 +154,7 @@ class RouterSession(Replicas["RouterLink"]):
             return
         if self._open:
             self._later(OWNERLESS_S, self._fail_ownerless)
+        self.refresh()
         self.lost(error)
 
     def link_told(self, link: RouterLink, event: pb.MeshEvent) -> None:

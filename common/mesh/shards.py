@@ -23,8 +23,10 @@ def new_room_id(epoch: int, number: int, shard: int) -> str:
 
 def shard_of_room(name: str) -> int:
     """The shard that `new_room_id` wrote into the name; -1, which is nobody's, for any other name."""
-    last = name.rpartition("-")[2]
-    return int(last, 16) if last and all(digit in "0123456789abcdef" for digit in last) else -1
+    try:
+        return int(name.rpartition("-")[2], 16)
+    except ValueError:
+        return -1
 
 
 class Owners(Generic[Link]):

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 T = TypeVar("T")
+
+# Python's own (700, 10, 10) make a service that holds thousands of requests spend a tenth of its time on looking
+# through them; what a service lets go of is nearly all freed by reference counts.
+GC_THRESHOLDS = (20_000, 50, 100)
 
 
 def run(main: Callable[[asyncio.Event], Awaitable[T]]) -> T:
@@ -29,6 +34,7 @@ def run(main: Callable[[asyncio.Event], Awaitable[T]]) -> T:
             loop.add_signal_handler(number, on_signal, number)
         return await main(stop)
 
+    gc.set_threshold(*GC_THRESHOLDS)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(with_signals())
 

@@ -286,7 +286,8 @@ class Front(Generic[E]):
             stop.set()
 
     def _on_rank(self, batch: FromRank) -> None:
-        """A step's news: sequences' to their routers, rooms' to bootstrap."""
+        """A step's news: sequences' to their routers, and then, for nobody waits for them, rooms' to bootstrap."""
+        of_rooms = []
         for message in batch.messages:
             match message:
                 case Tokens() | Prefilled() | Retracted() | SequenceFailed():
@@ -298,7 +299,9 @@ class Front(Generic[E]):
                 case _:
                     event = convert.room_event_to(message)
                     self._held.said(event)
-                    self._mesh.send(event)
+                    of_rooms.append(event)
+        for event in of_rooms:
+            self._mesh.send(event)
         if batch.load:
             self._on_load(batch.load)
 

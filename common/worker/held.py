@@ -13,7 +13,7 @@ from pdmesh.v1 import bootstrap_service_pb2 as pb
 from pdmesh.v1 import types_pb2
 
 # How long it is remembered that a room arrived or was given up: the owner that was told may have died of it.
-REMEMBER_S = 30.0
+REMEMBER_S = 15.0
 PRUNE_INTERVAL_S = 5.0
 
 Key = tuple[str, int, int]

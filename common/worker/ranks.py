@@ -13,7 +13,6 @@ from typing import Protocol
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from common.errors.base import MeshError, Reason
 from common.obs.log import get_logger
@@ -82,7 +81,7 @@ class RankProcess:
 
     ready: RankReady
 
-    def __init__(self, rank: int, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket) -> None:
+    def __init__(self, rank: int, process: asyncio.subprocess.Process, socket: zmq.Socket[bytes]) -> None:
         self.rank = rank
         self._process = process
         self._socket = socket
@@ -90,7 +89,10 @@ class RankProcess:
         self._outbox: list[ForRank] = []
         self._failure: MeshError | None = None
         self._stopping = False
-        self._reader = asyncio.create_task(self._read(), name=f"rank-{rank}-reader")
+        self._decoder = msgspec.msgpack.Decoder(FromRank)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(socket.fileno(), self._receive)
+        self._reader = asyncio.create_task(self._until_exit(), name=f"rank-{rank}-reader")
 
     @classmethod
     async def spawn(
@@ -114,7 +116,7 @@ class RankProcess:
             prefix="pdmesh-", dir="/tmp" if len(tempfile.gettempdir()) > MAX_FOLDER_LENGTH else None
         )
         address = f"ipc://{folder}/rank"
-        socket = zmq.asyncio.Context().socket(zmq.PAIR)
+        socket = zmq.Context().socket(zmq.PAIR)
         configure(socket, linger_ms=0)
         started: RankProcess | None = None
         try:
@@ -200,27 +202,36 @@ class RankProcess:
     def _flush(self) -> None:
         batch, self._outbox = self._outbox, []
         if not self._reader.done() and not self._socket.closed:
-            self._socket.send(msgspec.msgpack.encode(ToRank(batch)))
+            self._socket.send(msgspec.msgpack.encode(ToRank(batch)), zmq.NOBLOCK)
+            self._receive()
 
-    async def _read(self) -> None:
-        """Queue what the rank says until the process has exited and all that it sent is here."""
-        decoder = msgspec.msgpack.Decoder(FromRank)
-        exited = asyncio.ensure_future(self._process.wait())
+    def _receive(self) -> None:
+        """Queue all that the rank has said.
+
+        Called when the socket's descriptor is readable, and after sending: it tells of changes alone, and ZeroMQ
+        may take note of one while it sends. (`zmq.asyncio` does the same, for several times the cost of a message.)
+        """
         while True:
-            received = asyncio.ensure_future(self._socket.recv())
-            await asyncio.wait((received, exited), return_when=asyncio.FIRST_COMPLETED)
-            if not received.done():
-                await asyncio.wait((received,), timeout=DRAIN_S)
-            if not received.done():
-                received.cancel()
-                break
-            batch = decoder.decode(received.result())
+            try:
+                data = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            batch = self._decoder.decode(data)
             match batch.messages:
                 case [RankFailed(_, reason, message)]:
                     self._failure = MeshError(Reason(reason), message)
                 case _:
                     self._batches.put_nowait(batch)
-        self._batches.put_nowait(None)
+
+    async def _until_exit(self) -> None:
+        """Until the process has exited and all that it sent is here; then `batches` ends."""
+        try:
+            await self._process.wait()
+            await asyncio.sleep(DRAIN_S)
+            self._receive()
+        finally:
+            self._loop.remove_reader(self._socket.fileno())
+            self._batches.put_nowait(None)
 
     def _loss(self) -> MeshError:
         code = self._process.returncode or 0
@@ -228,7 +239,7 @@ class RankProcess:
         return self._failure or MeshError(Reason.WORKER_LOST, f"rank {self.rank} (pid {self.pid}) {how}")
 
 
-def close_socket(socket: zmq.asyncio.Socket) -> None:
+def close_socket(socket: zmq.Socket[bytes]) -> None:
     """Close a socket and the context that was made for it."""
     socket.close()
     socket.context.term()

@@ -68,7 +68,7 @@ class ControlPlane:
             on_gone=self._worker_gone,
             on_lost=self._worker_lost,
         )
-        self.journal = Journal(self.now, self.workers.figures, config.room_history)
+        self.journal = Journal(self.now, self.workers.figures, self.workers.decode_figures, config.room_history)
         self.rooms = Rooms(
             self.now,
             self.timers,
@@ -82,7 +82,10 @@ class ControlPlane:
             forget=self._forget_room if store.durable else lambda room_id: None,
         )
         grace_s = config.disaggregation_heartbeat_interval * config.disaggregation_heartbeat_max_failure + SLACK_S
-        self.recovery = Recovery(self.now, self.timers, self.rooms, self.workers, grace_s=grace_s)
+        owned = self.shards.owned
+        self.recovery = Recovery(
+            self.now, self.timers, self.rooms, self.workers, owned=lambda shard: shard in owned, grace_s=grace_s
+        )
 
     async def run_timers(self) -> None:
         """Fire alarms, for ever."""

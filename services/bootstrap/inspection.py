@@ -8,12 +8,13 @@ from itertools import islice
 
 from common.errors.base import MeshError, Reason
 from common.mesh.room import Room, State
+from common.mesh.shards import shard_of_request, shard_of_room
 from common.mesh.wire import ticket_to
 from pdmesh.v1 import bootstrap_service_pb2 as pb
 from pdmesh.v1 import types_pb2 as types
 from services.bootstrap import timeline, wire
 from services.bootstrap.control import ControlPlane
-from services.bootstrap.inspection_cause import Cause, Scene, explain, plural
+from services.bootstrap.inspection_cause import Cause, Scene, explain, pending, plural, router_failure
 from services.bootstrap.rooms import Entry
 from services.bootstrap.timeline import matches
 
@@ -54,8 +55,25 @@ def list_rooms(control: ControlPlane, request: pb.ListRoomsRequest) -> pb.ListRo
 
 def get_room(control: ControlPlane, room_id: str) -> pb.GetRoomResponse:
     """Raises `MeshError` (NOT_FOUND)."""
-    entry = control.rooms.get(room_id)
+    entry = entry_of(control, room_id)
     return pb.GetRoomResponse(room=wire.room_to(entry.room), timeline=wire.timeline_to(entry.timeline))
+
+
+def entry_of(control: ControlPlane, room_id: str) -> Entry:
+    """Raises `MeshError` (NOT_FOUND), which names the replica that may know the room."""
+    if entry := control.rooms.find(room_id):
+        return entry
+    message = f"no room {room_id!r}{elsewhere(control, shard_of_room(room_id))}"
+    raise MeshError(Reason.NOT_FOUND, message, parameter="room_id")
+
+
+def elsewhere(control: ControlPlane, shard: int) -> str:
+    """Where else to ask about the rooms of a shard; empty when they would be ours."""
+    known = control.shards.known.get(shard)
+    if known is None or known.claim.owner in ("", control.shards.replica_id):
+        return ""
+    address = control.shards.replicas.get(known.claim.owner, known.claim.owner)
+    return f"; it would belong to the bootstrap at {address}"
 
 
 def open_rooms(control: ControlPlane, request: pb.WatchRoomsRequest) -> Iterator[pb.RoomChange]:
@@ -79,6 +97,8 @@ def ledger_of(control: ControlPlane, record: types.Worker) -> pb.WorkerLedger:
     ledger = record.load.ledger
     message = pb.WorkerLedger(worker_id=record.worker_id, role=record.role, state=record.state, ledger=ledger)
     message.pages = ledger.free + ledger.reserved + ledger.in_use + ledger.cached + ledger.quarantined
+    if record.load.HasField("audit"):
+        message.audit.CopyFrom(record.load.audit)
     if figures := control.workers.figures(record.worker_id):
         wire.set_time(message.told_at, figures.told_at)
     return message
@@ -89,9 +109,9 @@ def ledger_of(control: ControlPlane, record: types.Worker) -> pb.WorkerLedger:
 
 def explain_room(control: ControlPlane, room_id: str) -> pb.ExplainResponse:
     """Raises `MeshError` (NOT_FOUND)."""
-    entry = control.rooms.get(room_id)
-    cause = explain(scene_of(control, entry))
-    return pb.ExplainResponse(summary=cause.sentence, reason=cause.reason, rooms=[explained(entry, cause)])
+    scene = scene_of(control, entry_of(control, room_id))
+    cause = explain(scene)
+    return pb.ExplainResponse(summary=cause.sentence, reason=cause.reason, rooms=[explained(scene, cause)])
 
 
 def explain_request(control: ControlPlane, request_id: str) -> pb.ExplainResponse:
@@ -103,17 +123,22 @@ def explain_request(control: ControlPlane, request_id: str) -> pb.ExplainRespons
         journal.failure_of(request_id),
     )
     if not entries and not refusals and failure is None:
-        message = f"no room or failure of a request {request_id!r} is remembered; see --room-history"
+        shard = shard_of_request(request_id, control.shards.count)
+        message = (
+            f"no room or failure of request {request_id!r} is remembered: it waits in a router's queue, "
+            f"was never heard of, or is older than --room-history{elsewhere(control, shard)}"
+        )
         raise MeshError(Reason.NOT_FOUND, message, parameter="request_id")
-    causes = [explain(scene_of(control, entry, failure.reason if failure else "")) for entry in entries]
+    scenes = [scene_of(control, entry, failure.reason if failure else "") for entry in entries]
+    causes = [explain(scene) for scene in scenes]
     summary = summarize(entries, causes)
     if summary is None and refusals:
         summary = Cause(f"No room was opened: {refusals[0].message}.", refusals[0].reason)
     if failure and (summary is None or not summary.reason):
-        summary = Cause(f"The router refused or ended the request: {failure.message}.", failure.reason)
+        summary = router_failure(failure)
     assert summary is not None
     response = pb.ExplainResponse(summary=summary.sentence, reason=summary.reason)
-    response.rooms.extend(explained(entry, cause) for entry, cause in zip(entries, causes, strict=True))
+    response.rooms.extend(explained(scene, cause) for scene, cause in zip(scenes, causes, strict=True))
     for refused in refusals:
         opening = response.refused.add(wanted=refused.wanted, reason=refused.reason, message=refused.message)
         wire.set_time(opening.at, refused.at)
@@ -159,12 +184,14 @@ def scene_of(control: ControlPlane, entry: Entry, request_reason: str = "") -> S
     )
 
 
-def explained(entry: Entry, cause: Cause) -> pb.ExplainedRoom:
+def explained(scene: Scene, cause: Cause) -> pb.ExplainedRoom:
+    entry = scene.entry
     return pb.ExplainedRoom(
         room=wire.brief_to(entry.room),
         timeline=wire.timeline_to(entry.timeline),
         summary=cause.sentence,
         reason=cause.reason,
+        pending=pending(scene),
     )
 
 
@@ -194,7 +221,7 @@ async def drain_worker(control: ControlPlane, request: pb.DrainWorkerRequest) ->
 
 def abort_room(control: ControlPlane, request: pb.AbortRoomRequest) -> pb.AbortRoomResponse:
     """Raises `MeshError`: NOT_FOUND, WRONG_STATE for a room that has ended."""
-    room = control.rooms.get(request.room_id).room
+    room = entry_of(control, request.room_id).room
     if room.state.terminal:
         raise MeshError(Reason.WRONG_STATE, ended_words(room), parameter="room_id")
     message = request.message or "an operator aborted the room"

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from common.errors.base import Reason
 from common.mesh.room import Room, State
+from pdmesh.v1 import types_pb2 as types
 from services.bootstrap import timeline
-from services.bootstrap.timeline import Figures, Journal, Kept, Loss, Moment
+from services.bootstrap.timeline import Failure, Figures, Journal, Kept, Loss, Moment
 
 # Figures that are older are shown with their age.
 RECENT_S = 1.0
@@ -124,6 +125,8 @@ def succeeded(scene: Scene) -> Cause:
                 loss_words(room, room.decode_worker_id, lost, f"while {generated}"), Reason.WORKER_LOST, lost.at
             )
     if abort is None:
+        if closed and closed.message:
+            return Cause(f"{done}; {closed.message} {seconds(closed.at - room.changed_at)} later.")
         if closed or scene.entry.timeline.moments[-1:] == [] or moments[-1].event == timeline.RESTORED:
             return Cause(f"{done}.")
         return Cause(
@@ -136,6 +139,28 @@ def succeeded(scene: Scene) -> Cause:
     after = seconds(abort.at - room.changed_at)
     words = f"{done}, but the router gave the request up {after} later, while {generated}: {abort.message}."
     return Cause(words, abort.reason, abort.at)
+
+
+def router_failure(failure: Failure) -> Cause:
+    """A request that failed at its router, without a room that tells more."""
+    full = failure.reason == Reason.OVERLOADED
+    loads = [pool_use(figures, f" of {name}") for name, figures in failure.decodes] if full else []
+    then = f"; at that time {', and '.join(loads)}" if loads else ""
+    return Cause(f"The router refused or ended the request: {failure.message}{then}.", failure.reason, failure.at)
+
+
+def pending(scene: Scene) -> str:
+    """What is still waited for after a room's end; empty when nothing is."""
+    room = scene.room
+    if not room.quarantined:
+        return ""
+    pages = plural(scene.pages_for(room.prompt_tokens), "page")
+    waits = f"{pages} of {room.decode_worker_id} are in quarantine since {seconds(scene.now - room.changed_at)}"
+    if not room.prefill_lost:
+        return f"{waits}: {room.prefill_worker_id} has not said that it writes no more."
+    if not room.decode_lost:
+        return f"{waits}: {room.prefill_worker_id} is gone, and {room.decode_worker_id} has not fenced it off yet."
+    return f"{waits}: both workers are gone; the quarantine ends with {room.decode_worker_id}'s process."
 
 
 # ------------------------------------------------------------------------------------------ words
@@ -181,22 +206,31 @@ def pool_words(scene: Scene, decode: Figures | None) -> str:
     if decode is None:
         return "it is not registered"
     ledger, load = decode.load.ledger, decode.load
-    total = ledger.free + ledger.reserved + ledger.in_use + ledger.cached + ledger.quarantined
+    total = sum_of(ledger)
     if not total:
         return "it had told no load"
+    needed = scene.pages_for(scene.room.prompt_tokens)
+    if ledger.free + ledger.cached >= needed and not load.running and not ledger.reserved:
+        return f"though {ledger.free} of {total} pages were free and nothing ran: was it asked to?"
+    waiting = f", {load.waiting} sequences waiting" if load.waiting > 1 else ""
+    return f"{pool_use(decode)}, {needed} needed{waiting}"
+
+
+def pool_use(decode: Figures, of_whom: str = "") -> str:
+    """What a decode worker's pages were used for."""
+    ledger = decode.load.ledger
     others = [
-        f"{pages} {what}"
+        f", {pages} {what}"
         for pages, what in ((ledger.reserved, "reserved for rooms"), (ledger.quarantined, "in quarantine"))
         if pages
     ]
-    used = f"{ledger.in_use} of {total} pages were in use by {plural(load.running, 'sequence')}"
-    needed = scene.pages_for(scene.room.prompt_tokens)
-    free = f"{ledger.free} free, {needed} needed"
-    if load.waiting > 1:
-        free += f", {load.waiting} sequences waiting"
-    if ledger.free + ledger.cached >= needed and not load.running and not ledger.reserved:
-        return f"though {ledger.free} of {total} pages were free and nothing ran: was it asked to?"
-    return ", ".join((used, *others, free))
+    sequences = plural(decode.load.running, "sequence")
+    used = f"{ledger.in_use} of {sum_of(ledger)} pages{of_whom} were in use by {sequences}"
+    return f"{used}{''.join(others)}, {ledger.free} free"
+
+
+def sum_of(ledger: types.Ledger) -> int:
+    return ledger.free + ledger.reserved + ledger.in_use + ledger.cached + ledger.quarantined
 
 
 def prefill_words(prefill: Figures | None) -> str:

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import cast
 
 from common.errors.base import Reason
 from common.mesh import room as machine
-from common.mesh.room import Room, State
+from common.mesh.room import State
 from common.mesh.shards import shard_of_room
 from common.mesh.ticket import Ticket
 from common.mesh.wire import ticket_from, ticket_to
@@ -40,7 +39,10 @@ class Unknown:
 
 
 class Recovery:
-    """Brings shards from their earlier owners to rest or to work. `grace_s` is the time for everybody to tell."""
+    """Brings shards from their earlier owners to rest or to work.
+
+    `owned` tells which shards are ours; `grace_s` is the time for everybody to tell.
+    """
 
     def __init__(
         self,
@@ -49,12 +51,14 @@ class Recovery:
         rooms: Rooms,
         workers: Workers,
         *,
+        owned: Callable[[int], bool],
         grace_s: float,
     ) -> None:
         self._now = now
         self._timers = timers
         self._rooms = rooms
         self._workers = workers
+        self._owned = owned
         self._grace_s = grace_s
         self._until: dict[int, float] = {}  # shards under recovery
         self._unknown: dict[Ticket, Unknown] = {}
@@ -146,7 +150,7 @@ class Recovery:
         """The worker does not hold the room, or not any more."""
         room = entry.room
         if worker_id == room.prefill_worker_id:
-            if room.quarantined and not self._wrote(worker_id, room):
+            if room.quarantined and not self._rooms.may_speak_for_writer(worker_id, room):
                 return  # another process, which says nothing of the one that may still write
             if room.quarantined:
                 self._rooms.apply(entry, machine.Quiet(room.ticket), worker_id)
@@ -157,11 +161,6 @@ class Recovery:
         elif room.state in (State.WAITING_FOR_INPUT, State.TRANSFERRING):
             message = f"decode worker {worker_id} does not hold the room any more"
             self._rooms.apply(entry, machine.RoomFailed(room.ticket, Reason.WORKER_LOST, message), worker_id)
-
-    def _wrote(self, worker_id: str, room: Room) -> bool:
-        """Whether the worker's present process is the room's writer, and not one that was started in its place."""
-        writer, member = cast(types.Writer | None, room.writer), self._workers.get(worker_id)
-        return writer is None or (member is not None and list(member.record.endpoints) == list(writer.endpoints))
 
     def _adopted(self, entry: Entry) -> None:
         """A router brought a room back: take note of what workers said of it before."""
@@ -190,9 +189,11 @@ class Recovery:
 
     def _on_unknown(self, worker_id: str, event: pb.WorkerEvent) -> bool:
         """A worker speaks of a room that is not known; its router may yet bring it back."""
-        said = getattr(event, str(event.WhichOneof("event")))
-        ticket = ticket_from(said.ticket)
-        if shard_of_room(ticket.room_id) not in self._until or event.HasField("quiet"):
+        ticket = ticket_from(getattr(event, str(event.WhichOneof("event"))).ticket)
+        shard = shard_of_room(ticket.room_id)
+        if not self._owned(shard):
+            return True  # not ours to answer: the worker says it again to the owner
+        if shard not in self._until or event.HasField("quiet"):
             return False
         self._unknown_room(ticket).said.append((worker_id, event))
         return True

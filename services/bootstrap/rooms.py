@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 from common.errors.base import MeshError, Reason
 from common.mesh import room as machine
@@ -81,6 +82,7 @@ class Rooms:
         self._count = 0
         self._entries: dict[str, Entry] = {}
         self._by_request: dict[tuple[str, int, int], Entry] = {}
+        self._by_shard: defaultdict[int, dict[str, Entry]] = defaultdict(dict)
         self._by_worker: defaultdict[str, set[str]] = defaultdict(set)
         self._by_router: defaultdict[RouterOutbox, set[str]] = defaultdict(set)
         self._retired: deque[str] = deque()
@@ -128,7 +130,7 @@ class Rooms:
         if entry := self._entries.get(ticket.room_id):
             self._apply(entry, machine.Abort(ticket, wanted.reason or Reason.ABORTED, wanted.message), by)
 
-    def close(self, ticket: Ticket) -> None:
+    def close(self, ticket: Ticket, why: str = "") -> None:
         """The router is done with a room: it leaves once it is at rest.
 
         Not an abort: a short sequence may be over for the router before decode's news of the transfer is here.
@@ -137,7 +139,7 @@ class Rooms:
         if entry is None or entry.room.ticket != ticket:
             return
         entry.closed = True
-        self._journal.note(entry, timeline.CLOSED, timeline.ROUTER)
+        self._journal.note(entry, timeline.CLOSED, timeline.ROUTER, message=why)
         self._retire_if_at_rest(entry)
 
     def router_lost(self, router: RouterOutbox) -> None:
@@ -167,8 +169,18 @@ class Rooms:
             refusal = machine.Refusal(Reason.NOT_FOUND, f"room {said.ticket} is not of worker {worker_id}")
             self._refuse(worker_id, said, refusal)
             self._journal.applied(entry, said, worker_id, entry.room, refusal)
+        elif isinstance(said, machine.Quiet) and not self.may_speak_for_writer(worker_id, entry.room):
+            message = f"room {said.ticket} was written to by an earlier process of worker {worker_id}"
+            refusal = machine.Refusal(Reason.STALE_TICKET, message)
+            self._refuse(worker_id, said, refusal)
+            self._journal.applied(entry, said, worker_id, entry.room, refusal)
         else:
             self._apply(entry, said, worker_id, worker_id)
+
+    def may_speak_for_writer(self, worker_id: str, room: Room) -> bool:
+        """Whether the worker's present process is the room's writer, and not one that was started in its place."""
+        writer, member = cast(types.Writer | None, room.writer), self._workers.get(worker_id)
+        return writer is None or (member is not None and list(member.record.endpoints) == list(writer.endpoints))
 
     def worker_lost(self, worker_id: str, message: str, last: types.Worker | None = None) -> None:
         """A worker's life ended: its rooms fail. `last` is its record, unless that is still among the workers."""
@@ -214,7 +226,7 @@ class Rooms:
 
     def drop(self, shard: int) -> None:
         """Forget the rooms of a shard that is another's now."""
-        for entry in self.in_shard(shard):
+        for entry in self._by_shard.pop(shard, {}).values():
             room = entry.room
             del self._entries[room.ticket.room_id]
             self._by_request.pop((room.request_id, room.index, room.ticket.attempt), None)
@@ -225,8 +237,8 @@ class Rooms:
                 metrics.ROOMS_QUARANTINED.dec(room.quarantined)
 
     def in_shard(self, shard: int) -> list[Entry]:
-        """All rooms of a shard. Looks at every room that is kept."""
-        return [entry for entry in self._entries.values() if shard_of_room(entry.room.ticket.room_id) == shard]
+        """All rooms of a shard that are kept."""
+        return list(self._by_shard.get(shard, {}).values())
 
     def of_worker(self, worker_id: str) -> list[Entry]:
         """The worker's rooms that are not at rest, and those that the router has not closed."""
@@ -344,6 +356,7 @@ class Rooms:
         self._count += 1
         entry = Entry(room, self._count, router)
         self._entries[room.ticket.room_id] = entry
+        self._by_shard[shard_of_room(room.ticket.room_id)][room.ticket.room_id] = entry
         self._by_request[room.request_id, room.index, room.ticket.attempt] = entry
         return entry
 
@@ -464,5 +477,6 @@ class Rooms:
         while len(self._retired) > self._history:
             if dropped := self._entries.pop(self._retired.popleft(), None):  # else its shard has left
                 oldest = dropped.room
+                self._by_shard[shard_of_room(oldest.ticket.room_id)].pop(oldest.ticket.room_id, None)
                 self._by_request.pop((oldest.request_id, oldest.index, oldest.ticket.attempt), None)
                 self._forget(oldest.ticket.room_id)

@@ -81,7 +81,7 @@ class BootstrapServicer(pb_grpc.BootstrapServiceServicer):
                         case "abort":
                             control.rooms.abort(event.abort)
                         case "close":
-                            control.rooms.close(ticket_from(event.close.ticket))
+                            control.rooms.close(ticket_from(event.close.ticket), event.close.message)
                         case "request_failed":
                             control.journal.request_failed(event.request_failed)
             await asyncio.sleep(CANCEL_S)

@@ -171,9 +171,12 @@ class Shards:
 
     async def _act(self) -> None:
         """Let go of what others took, claim what is ours to have, give away what is not."""
-        for shard in list(self.owned.values()):
-            if self.known[shard.number].revision > shard.revision:
-                self._lose(shard)
+        taken = [shard for shard in self.owned.values() if self.known[shard.number].revision > shard.revision]
+        for shard in taken:
+            self._lose(shard)
+        if taken:
+            self._on_changed()  # before anybody is answered for them
+            log.warning("another replica has taken shards", shards=len(taken), owned=len(self.owned))
         owners = {number: shard.claim.owner for number, shard in self.known.items() if number < self.count}
         target = assign(owners, self.replicas, self.count)
         await self._claim([number for number, name in target.items() if name == self.replica_id])
@@ -234,4 +237,3 @@ class Shards:
     def _lose(self, shard: Shard) -> None:
         self.owned.pop(shard.number, None)
         self._on_lost(shard)
-        log.warning("another replica has taken a shard", shard=shard.number, epoch=shard.claim.epoch)

@@ -104,6 +104,7 @@ class Failure(NamedTuple):
     at: float
     reason: str
     message: str
+    decodes: tuple[tuple[str, Figures], ...]  # decode workers at that time
 
 
 class Loss(NamedTuple):
@@ -115,11 +116,20 @@ class Loss(NamedTuple):
 
 
 class Journal:
-    """Keeps the timelines of all rooms, and what else `Explain` has to know. `figures` tells a worker's, by id."""
+    """Keeps the timelines of all rooms, and what else `Explain` has to know.
 
-    def __init__(self, now: Callable[[], float], figures: Callable[[str], Figures | None], history: int) -> None:
+    `figures` tells a worker's by its id, `decodes` those of some decode workers with their ids.
+    """
+
+    def __init__(
+        self,
+        now: Callable[[], float],
+        figures: Callable[[str], Figures | None],
+        decodes: Callable[[], tuple[tuple[str, Figures], ...]],
+        history: int,
+    ) -> None:
         self._now = now
-        self._figures = figures
+        self._figures, self._decodes = figures, decodes
         self._history = max(history, 1)
         self._watchers: list[tuple[pb.WatchRoomsRequest, Watcher]] = []
         self._refused: OrderedDict[str, list[Refused]] = OrderedDict()
@@ -149,7 +159,7 @@ class Journal:
 
     def request_failed(self, failed: pb.RequestFailed) -> None:
         """A router tells that a request failed; the last word counts."""
-        failure = Failure(self._now(), failed.reason, failed.message)
+        failure = Failure(self._now(), failed.reason, failed.message, self._decodes())
         self._failures.pop(failed.request_id, None)
         bounded(self._failures, failed.request_id, lambda: failure, self._history)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable
+from itertools import islice
 
 from common.errors.base import MeshError, Reason
 from common.mesh.outbox import Outbox
@@ -25,6 +26,8 @@ FORGET_S = 300.0
 REATTACH_S = 1.0
 # An alarm that rings later than this was not heard by a process that slept: what workers said meanwhile is unread.
 OVERSLEPT_S = 1.0
+# Decode workers whose load is shown with a request that failed.
+SHOWN_DECODES = 4
 # Workers whose last epoch is remembered after they are forgotten.
 MAX_ENDED = 10_000
 
@@ -102,6 +105,12 @@ class Workers:
         """The worker's state and load at this moment; None for one that is not known."""
         member = self._members.get(worker_id)
         return member.figures if member else None
+
+    def decode_figures(self) -> tuple[tuple[str, Figures], ...]:
+        """Some decode and unified workers that are online, with their ids: SHOWN_DECODES at most."""
+        roles = (types.WORKER_ROLE_DECODE, types.WORKER_ROLE_UNIFIED)
+        chosen = (member for member in self._members.values() if member.online and member.record.role in roles)
+        return tuple((member.worker_id, member.figures) for member in islice(chosen, SHOWN_DECODES))
 
     def records(self) -> list[types.Worker]:
         """All records, by id."""

@@ -111,6 +111,8 @@ class DecodeHandover:
                 room = self._rooms.get(message.ticket)
                 if room is not None and room.ended:
                     self._released(room, message)
+                elif room is None and message.when_gone:
+                    self._emit(RoomFenced(message.ticket))  # all had arrived, or it never was here: nothing waits
             case RoomReserved() | Registered():
                 pass  # meant for the other side
 

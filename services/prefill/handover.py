@@ -152,12 +152,12 @@ class PrefillHandover:
             self._advance(room)
         for failure in result.failures:
             self._fail(self._by_sequence[failure.sequence_id], Reason(failure.reason), failure.message)
+        if result.progress:  # little may be there already
+            self._take_completions()
 
     def poll(self) -> None:
         """Take in what the transfer backend and the disconnects have finished."""
-        for completion in self._backend.poll():
-            if room := self._by_handle.pop(completion.handle, None):
-                self._completed(room, completion)
+        self._take_completions()
         done = [entry for entry in self._disconnecting if entry[0].done()]
         for future, rooms in done:
             self._disconnecting.remove((future, rooms))
@@ -189,6 +189,11 @@ class PrefillHandover:
         self._backend.close()
 
     # ------------------------------------------------------------------------------------ steps of a room
+
+    def _take_completions(self) -> None:
+        for completion in self._backend.poll():
+            if room := self._by_handle.pop(completion.handle, None):
+                self._completed(room, completion)
 
     def _keep(self, ticket: Ticket, early: Destination | RoomEnded) -> None:
         self._early[ticket] = early
@@ -233,15 +238,37 @@ class PrefillHandover:
 
     def _begin(self, room: Outgoing) -> None:
         if not room.begun:
+            if self._optimistic and self._layout.pages_for(room.sequence.num_tokens) > self._engine.allocator.num_free:
+                self._step_back()
             room.begun = True
             self._engine.add(room.sequence)
 
     def _begin_optimistically(self) -> None:
         """Let an idle engine compute the oldest room whose reservation is not here yet."""
-        if self._optimistic and not self._engine.has_work:
+        if self._optimistic and self._engine.is_idle:
             waiting = (room for room in self._rooms.values() if not room.begun and not room.ended)
             if room := next(waiting, None):
                 self._begin(room)
+
+    def _step_back(self) -> None:
+        """Take the pages of a room that began without a reservation, as if it had not.
+
+        Decode may have none for it before a room is done that has a reservation, and now wants these pages.
+        """
+        for room in self._rooms.values():
+            if room.begun and not room.destination and not room.ended:
+                tried = room.sequence
+                self._engine.abort(tried.sequence_id)
+                known = tried.output_ids[:-1] if room.first_token else tried.output_ids
+                room.sequence = Sequence(
+                    tried.sequence_id,
+                    tried.prompt_ids,
+                    tried.sampling,
+                    prefill_only=True,
+                    request_id=tried.request_id,
+                    output_ids=known,
+                )
+                room.begun, room.first_token, room.pages_computed = False, None, 0
 
     def _advance(self, room: Outgoing) -> None:
         """Send the pages that are computed and wanted; when all have arrived, tell decode."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -78,6 +78,7 @@ class Admission:
         self._queue_timeout_s = queue_timeout_s
         self._waiting: list[Waiter] = []
         self._waiters: dict[Need, Waiter] = {}
+        self._groups: Counter[str] = Counter()
         self._running: set[str] = set()
         self._queued: dict[str, int] = {}  # sequences that wait, of requests that have not begun
         self._admitted_at: deque[float] = deque(maxlen=RATE_WINDOW)
@@ -99,6 +100,7 @@ class Admission:
         waiter = Waiter(request, need, loop.time(), resumed)
         insort(self._waiting, waiter, key=lambda other: other.place)
         self._waiters[need] = waiter
+        self._groups[need.group] += 1
         self._enqueued(waiter, 1)
         try:
             self.admit()
@@ -133,7 +135,7 @@ class Admission:
     def admit(self) -> None:
         """Let everybody go who can: to be called when credit, places or workers have come."""
         offers = Open(self._pool)
-        while self._waiting:
+        while any(offers.roomy(group) for group in self._groups):  # or a long queue would be walked for nothing
             eligible = self._eligible(offers)
             chosen = next_to_go(eligible, offers, most_passes=MOST_PASSES, look_ahead=LOOK_AHEAD)
             if chosen is None:
@@ -179,6 +181,9 @@ class Admission:
     def _remove(self, waiter: Waiter) -> None:
         if self._waiters.pop(waiter.need, None):
             self._waiting.remove(waiter)
+            self._groups[waiter.need.group] -= 1
+            if not self._groups[waiter.need.group]:
+                del self._groups[waiter.need.group]
             self._enqueued(waiter, -1)
 
     def _enqueued(self, waiter: Waiter, by: int) -> None:

@@ -20,7 +20,7 @@ from services.router.request import Delta, GenerationRequest
 from services.router.sequence import SequenceOutput
 from services.router.workers import RETRY_AFTER_S, Route
 
-OPEN_TIMEOUT_S = 5.0
+OPEN_TIMEOUT_S = 10.0  # an owner of the room's shard that died is replaced within its lease
 
 log = get_logger(__name__)
 
@@ -185,7 +185,7 @@ class Attempt:
             if not finished:
                 error = error or MeshError(Reason.ABORTED, "the request was given up")
                 session.abort_room(self._ticket, error.reason, error.message)
-            session.close_room(self._ticket)
+            session.close_room(self._ticket, error.message if isinstance(error, Retracted) else "")
 
     def _error(self) -> MeshError | None:
         """Why the attempt failed; None also when it is cancelled."""

@@ -344,3 +344,26 @@ def test_a_retracted_sequence_goes_on_over_a_new_hand_over(pair: Pair, model: tu
     assert again[0].offset == len(known)
     assert known + [token for tokens in again for token in tokens.token_ids] == answer.token_ids
     assert pair.at_rest()
+
+
+def test_an_optimist_steps_back_for_a_room_that_has_its_reservation(
+    pair: Pair, model: tuple[Path, list[Answer]]
+) -> None:
+    """Decode may wait for the one, and the one for the pages of the other."""
+    pair.push = False
+    pair.prefill.handover._optimistic = True
+    engine = pair.prefill.engine
+    first, second = model[1][:2]
+    pair.start(1, first.prompt_ids)
+    pair.until(lambda: not engine.has_work)
+    pair.start(2, second.prompt_ids)
+    assert not engine.is_idle, "the first is held until its reservation comes"
+    hoard = engine.allocator.allocate(engine.allocator.num_free)
+    pair.held_back.reverse()
+    pair.prefill.handover.on_message(pair.held_back.pop(0))
+    assert engine.find(1) is None
+    engine.allocator.free(hoard)
+    pair.push = True
+    pair.relay()
+    assert pair.outputs(2) == {1: first.token_ids, 2: second.token_ids}
+    assert pair.at_rest()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import pytest
 
 from common.errors.base import MeshError, Reason
-from services.bootstrap.store.base import ABSENT, MAX_WRITES, Change, Changes, Store, Write
+from services.bootstrap.store.base import ABSENT, MAX_WRITES, Change, Changes, Guard, Store, Write
 from services.bootstrap.store.etcd import EtcdStore
 from services.bootstrap.store.etcd_client import EtcdClient
-from services.bootstrap.store.etcd_server import EtcdServer
+from services.bootstrap.store.etcd_server import EtcdServer, find_etcd
 from services.bootstrap.store.memory import MemoryStore
 from services.bootstrap.store.registry import make_store, parse_etcd
 
@@ -66,6 +67,20 @@ async def test_guards_hold(store: Store) -> None:
     [gone] = await store.commit([Write("/nothing", b"x", revision)])
     assert not gone.applied
     assert gone.current is None
+
+
+async def test_a_guard_may_be_another_key(store: Store) -> None:
+    claim = await put(store, "/claim", b"mine")
+    [held] = await store.commit([Write("/a", b"1", None, Guard("/claim", claim))])
+    assert held.applied
+    await put(store, "/claim", b"theirs")
+    [fenced] = await store.commit([Write("/a", b"2", None, Guard("/claim", claim))])
+    assert not fenced.applied
+    assert fenced.current == held.current
+    [gone] = await store.commit([Write("/a", None, None, Guard("/nobody", ABSENT))])
+    assert gone.applied
+    [one_of_two] = await store.commit([Write("/a", b"3", ABSENT, Guard("/claim", claim))])
+    assert not one_of_two.applied
 
 
 async def test_one_guard_does_not_hinder_the_others(store: Store) -> None:
@@ -165,6 +180,50 @@ async def test_etcd_keeps_what_was_written_and_a_watch_survives_its_restart() ->
     finally:
         await store.close()
         await server.stop()
+
+
+async def test_etcd_with_passwords() -> None:
+    """A real server that wants them; its restart makes every token void."""
+    server = EtcdServer()
+    await server.start()
+    await etcdctl(server, "user", "add", "root", "--new-user-password", "secret")
+    await etcdctl(server, "user", "grant-role", "root", "root")
+    await etcdctl(server, "auth", "enable")
+    wrong = EtcdStore(EtcdClient([server.endpoint], user="root", password="guess", timeout_s=1))
+    nobody = EtcdStore(EtcdClient([server.endpoint], timeout_s=1))
+    store = EtcdStore(EtcdClient([server.endpoint], user="root", password="secret", timeout_s=10))
+    try:
+        with pytest.raises(MeshError, match="authentication failed"):
+            await wrong.start()
+        await nobody.start()  # that etcd is there may be asked by everybody
+        with pytest.raises(MeshError, match="user name is empty"):
+            await nobody.get("/a")
+        await store.start()
+        await store.announce("/here", b"x")
+        await put(store, "/w/1", b"1")
+        async with aclosing(store.watch("/w/")) as changes:  # type: ignore[type-var]
+            assert (await anext(changes)).snapshot
+            await server.stop(remove=False)
+            await server.start()
+            await put(store, "/w/2", b"2")
+            assert [change.key for change in await collect(changes, 1)] == ["/w/2"]
+            await etcdctl(server, "--user", "root:secret", "user", "add", "other", "--new-user-password", "x")
+            await put(store, "/w/3", b"3")
+            assert [change.key for change in await collect(changes, 1)] == ["/w/3"]
+        assert await store.get("/here")
+    finally:
+        for made in (wrong, nobody, store):
+            await made.close()
+        await server.stop()
+
+
+async def etcdctl(server: EtcdServer, *arguments: str) -> None:
+    """The server's own tool: what it does is none of the store's business."""
+    tool = find_etcd().parent / "etcdctl"
+    command = (str(tool), "--endpoints", server.endpoint, *arguments)
+    environ = os.environ | {"ETCDCTL_API": "3"}
+    process = await asyncio.create_subprocess_exec(*command, env=environ, stdout=asyncio.subprocess.DEVNULL)
+    assert await process.wait() == 0
 
 
 async def test_an_etcd_that_is_not_there_is_a_store_error() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -222,29 +223,35 @@ class Load:
         return f"What is {number % 900 + 1} + {number * 7 % 900}?"
 
     async def run(self, requests: int, at: int = 0, fault: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Send all; once `at` of them are answered, let `fault` happen beside the rest."""
-        numbers = iter(range(requests))
-        reached = asyncio.Event()
+        """Send at least so many, beginning anew with the first prompts after these.
+
+        Once `at` of them are answered `fault` happens, and requests go on for as long as it takes.
+        """
+        numbers = itertools.count()
+        reached, over = asyncio.Event(), asyncio.Event()
 
         async def one_client() -> None:
-            for number in numbers:
-                self.outcomes[number] = await self._one(number)
+            while (number := next(numbers)) < requests or not over.is_set():
+                self.outcomes[number] = await self._one(number, number % requests)
                 if len(self.outcomes) >= at:
                     reached.set()
 
         async def break_it() -> None:
-            await reached.wait()
-            if fault is not None:
-                await fault()
+            try:
+                await reached.wait()
+                if fault is not None:
+                    await fault()
+            finally:
+                over.set()
 
         await asyncio.gather(break_it(), *(one_client() for _ in range(self.concurrency)))
 
-    async def _one(self, number: int) -> Outcome:
+    async def _one(self, number: int, prompt: int) -> Outcome:
         started = time.monotonic()
         result = Result()
         sampling = {"temperature": 0, "max_new_tokens": self.tokens, "ignore_eos": True}
         try:
-            async for response in self.client.stream(self.prompt(number), **sampling):
+            async for response in self.client.stream(self.prompt(prompt), **sampling):
                 result.token_ids += response.token_ids
                 if response.token_ids:
                     self.begun.add(number)

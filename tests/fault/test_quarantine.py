@@ -148,7 +148,7 @@ class Decode:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  memory that another process writes tells nobody
             await asyncio.sleep(0.001)
 
 

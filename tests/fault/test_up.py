@@ -96,3 +96,14 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert ended.returncode == 1
     (reason,) = [line for line in ended.stderr.splitlines() if "ended with exit code" in line]
     assert str(tmp_path / "none") in reason
+
+
+def test_a_worker_that_is_drained_leaves_and_the_mesh_goes_on() -> None:
+    with running("--engine", "emulated", "--emulated-preset", "zero", "--decode", "2") as mesh:
+        bootstrap = ("--bootstrap", mesh.of("bootstrap")[0]["grpc"])
+        command = [sys.executable, "-m", "common.cli.main", "drain", "decode-1", *bootstrap]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        assert "decode-1 has left" in said
+        wait_until(lambda: "decode-1 (pid" in mesh.log.read_text(), 20, "the supervisor has seen it")
+        assert "has left" in mesh.log.read_text()
+        assert mesh.supervisor.poll() is None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 
 import grpc
 import httpx
@@ -15,6 +17,7 @@ import pytest
 from common.errors.base import Reason
 from common.rpc.status import error_from
 from tests.mesh.harness import Client, Mesh, running, scrape, wait_until
+from tests.mesh.processes import Services, services
 
 pytestmark = [pytest.mark.mesh, pytest.mark.slow]
 
@@ -24,6 +27,7 @@ DECODE = ("--max-running-requests", "4", "--max-total-tokens", "1024", "--contex
 QUEUE_TIMEOUT_S = 2.0
 REQUESTS, MOST_QUEUED = 200, 60
 NEW_TOKENS = 32
+OVERLOAD_S = 60.0 if os.environ.get("PDMESH_SOAK") else 5.0
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +109,7 @@ async def test_http_says_429_and_when_to_come_again(mesh: Mesh) -> None:
 
 
 async def test_overload_never_runs_decode_out_of_pages(mesh: Mesh) -> None:
-    """Five seconds at four times what the mesh can take; the soak run of `benchmarks/saturation.py` takes a minute."""
+    """Four times what the mesh can take: for five seconds in the suite, for a minute in `make soak`."""
     async with Client(mesh.grpc) as client:
         rate, capacity = count(), 0.0
         start = time.monotonic()
@@ -119,7 +123,7 @@ async def test_overload_never_runs_decode_out_of_pages(mesh: Mesh) -> None:
         capacity = sum(await asyncio.gather(*(worker(start + 2) for _ in range(4)))) / (time.monotonic() - start)
         calls = []
         begin = time.monotonic()
-        while (now := time.monotonic()) < begin + 5:
+        while (now := time.monotonic()) < begin + OVERLOAD_S:
             while len(calls) < (now - begin) * capacity * 4:
                 calls.append(asyncio.create_task(ask(client, f"{next(rate)} + 1 =", 96)))
             await asyncio.sleep(0.005)
@@ -128,7 +132,7 @@ async def test_overload_never_runs_decode_out_of_pages(mesh: Mesh) -> None:
     served = sum(not outcome.reason for outcome in outcomes)
     assert {outcome.reason for outcome in outcomes} <= {"", Reason.OVERLOADED}
     print(f"capacity {capacity:.1f} requests/s; at four times that {served / took_s:.1f}/s, {len(outcomes)} sent")
-    assert served / took_s > capacity / 3, "a loose bound: this machine is shared"
+    assert served > OVERLOAD_S, "it goes on serving; how well, `benchmarks/saturation.py` tells"
     assert value_of(mesh, "decode", "pdmesh_retracted_sequences_total") == 0
     wait_until(lambda: at_rest(mesh), 10, "every page is back in its pool")
     assert value_of(mesh, "router", "pdmesh_queued_requests") == 0
@@ -169,3 +173,24 @@ async def test_an_answer_of_no_given_length_ends_with_the_pool() -> None:
             answer = (await http.post("/v1/chat/completions", json=body)).json()
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"]["total_tokens"] == 65, "the last token's KV is never computed"
+
+
+async def test_what_several_routers_overspend_waits_at_decode(mesh: Mesh, tmp_path: Path) -> None:
+    """Each spends the same credit; decode grants no more than it has, and nobody is refused for it."""
+    with services(tmp_path, Services) as more:
+        own = ("--port", "0", "--grpc-port", "0", "--bootstrap", str(mesh.of("bootstrap")[0]["grpc"]))
+        second = more.start("router", "router", *own)
+        async with Client(mesh.grpc) as client, Client(second.grpc) as other:
+            await asyncio.to_thread(wait_until, lambda: is_ready(f"http://{second.listening.http}"), 30, "the second")
+            calls = [ask(router, f"{number} + 1 =", 16) for number in range(20) for router in (client, other)]
+            outcomes = await asyncio.gather(*calls)
+    assert [outcome.tokens for outcome in outcomes] == [16] * 40
+    assert value_of(mesh, "decode", "pdmesh_retracted_sequences_total") == 0
+    wait_until(lambda: at_rest(mesh), 10, "every page is back in its pool")
+
+
+def is_ready(http: str) -> bool:
+    try:
+        return httpx.get(f"{http}/ready", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False

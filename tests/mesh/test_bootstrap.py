@@ -196,6 +196,7 @@ async def test_abort_before_the_reservation_releases_at_once_and_refuses_it_late
     assert (await decode.told.kind("ended")).ticket == ticket_to(ticket)
     await decode.told.kind("released")
     decode.say(reserved=reserved(ticket))
+    await decode.told.kind("ended")
     await decode.told.kind("released")
     assert (await decode.told.kind("refused")).reason == "WRONG_STATE"
 

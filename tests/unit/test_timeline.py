@@ -36,7 +36,7 @@ class Mesh:
     def __init__(self, history: int = 10) -> None:
         self.time = 100.0
         self.workers: dict[str, Figures] = {}
-        self.journal = Journal(lambda: self.time, self.workers.get, history)
+        self.journal = Journal(lambda: self.time, self.workers.get, lambda: tuple(self.workers.items()), history)
 
     def told(self, worker_id: str, state: types.WorkerState.ValueType = types.WORKER_STATE_READY, **load: int) -> None:
         """A heartbeat; ledger states are given by name, the rest is the load's."""

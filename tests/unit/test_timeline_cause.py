@@ -8,8 +8,9 @@ from common.errors.base import Reason
 from common.mesh import room as machine
 from common.mesh.room import Party
 from common.mesh.ticket import Ticket
+from pdmesh.v1 import bootstrap_service_pb2 as pb
 from services.bootstrap import timeline
-from services.bootstrap.inspection_cause import Cause, Scene, explain
+from services.bootstrap.inspection_cause import Cause, Scene, explain, pending, router_failure
 from tests.unit.test_timeline import TICKET, Entry, Mesh, opened
 
 pytestmark = pytest.mark.unit
@@ -225,3 +226,39 @@ def test_a_room_that_was_taken_over_has_at_least_its_record() -> None:
     cause = explain(Scene(entry, mesh.journal, 200.0, lambda tokens: 1))
     assert cause.reason == "WAITING_TIMEOUT"
     assert cause.sentence == "It had failed before this bootstrap took it over: no transfer."
+
+
+def test_a_retracted_sequence_went_on_elsewhere() -> None:
+    story = Story().reserve().after(0.02).success().after(3.02)
+    why = "worker decode-0 ran out of pages and retracted the sequence"
+    story.journal.note(story.entry, timeline.CLOSED, timeline.ROUTER, message=why)
+    assert story.cause() == Cause(f"The hand-over succeeded in 0.020 s; {why} 3.0 s later.")
+
+
+def test_a_quarantine_names_who_is_waited_for() -> None:
+    story = Story().reserve().after(1.0).abort()
+    scene = Scene(story.entry, story.journal, 109.0, lambda tokens: 7)
+    assert (
+        pending(scene)
+        == "7 pages of decode-0 are in quarantine since 8.0 s: prefill-0 has not said that it writes no more."
+    )
+    story.lose("prefill-0", "its session broke")
+    scene = Scene(story.entry, story.journal, 109.0, lambda tokens: 7)
+    assert pending(scene).endswith("prefill-0 is gone, and decode-0 has not fenced it off yet.")
+    story.say(machine.Quiet(TICKET), "prefill-0")
+    assert pending(Scene(story.entry, story.journal, 109.0, lambda tokens: 7)) == ""
+
+
+def test_a_request_that_never_had_a_room_is_shown_with_the_load_of_that_time() -> None:
+    mesh = Mesh()
+    mesh.told("decode-0", running=3, in_use=30, free=2)
+    mesh.journal.request_failed(pb.RequestFailed(request_id="q", reason="OVERLOADED", message="the mesh is full"))
+    mesh.told("decode-0", free=32)
+    failure = mesh.journal.failure_of("q")
+    assert failure is not None
+    assert router_failure(failure) == Cause(
+        "The router refused or ended the request: the mesh is full; "
+        "at that time 30 of 32 pages of decode-0 were in use by 3 sequences, 2 free.",
+        "OVERLOADED",
+        100.0,
+    )

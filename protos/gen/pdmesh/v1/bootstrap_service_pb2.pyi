@@ -1006,6 +1006,9 @@ class CloseRoom(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TICKET_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    message: _builtins.str
+    """Why, when the sequence goes on in another attempt; empty when it is over."""
     @_builtins.property
     def ticket(self) -> _types_pb2.Ticket:
         """The room."""
@@ -1014,10 +1017,11 @@ class CloseRoom(_message.Message):
         self,
         *,
         ticket: _types_pb2.Ticket | None = ...,
+        message: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1680,6 +1684,7 @@ class WorkerLedger(_message.Message):
     LEDGER_FIELD_NUMBER: _builtins.int
     PAGES_FIELD_NUMBER: _builtins.int
     TOLD_AT_FIELD_NUMBER: _builtins.int
+    AUDIT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """The worker."""
     role: _types_pb2.WorkerRole.ValueType
@@ -1696,6 +1701,10 @@ class WorkerLedger(_message.Message):
     def told_at(self) -> _timestamp_pb2.Timestamp:
         """When the worker told them."""
 
+    @_builtins.property
+    def audit(self) -> _types_pb2.LedgerAudit:
+        """What the worker's own audits of them found."""
+
     def __init__(
         self,
         *,
@@ -1705,10 +1714,11 @@ class WorkerLedger(_message.Message):
         ledger: _types_pb2.Ledger | None = ...,
         pages: _builtins.int = ...,
         told_at: _timestamp_pb2.Timestamp | None = ...,
+        audit: _types_pb2.LedgerAudit | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "told_at", b"told_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "ledger", b"ledger", "told_at", b"told_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "pages", b"pages", "role", b"role", "state", b"state", "told_at", b"told_at", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "ledger", b"ledger", "pages", b"pages", "role", b"role", "state", b"state", "told_at", b"told_at", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1794,10 +1804,13 @@ class ExplainedRoom(_message.Message):
     TIMELINE_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    PENDING_FIELD_NUMBER: _builtins.int
     summary: _builtins.str
     """The first cause of its failure or long wait, or how it went, in one sentence."""
     reason: _builtins.str
     """For a failure: its reason, an ErrorReason's name without its prefix. Empty otherwise."""
+    pending: _builtins.str
+    """What is still to be waited for, such as the end of a quarantine, in a sentence. Empty when nothing is."""
     @_builtins.property
     def room(self) -> _types_pb2.Room:
         """Its record."""
@@ -1813,10 +1826,11 @@ class ExplainedRoom(_message.Message):
         timeline: Global___Timeline | None = ...,
         summary: _builtins.str = ...,
         reason: _builtins.str = ...,
+        pending: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["room", b"room", "timeline", b"timeline"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "room", b"room", "summary", b"summary", "timeline", b"timeline"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pending", b"pending", "reason", b"reason", "room", b"room", "summary", b"summary", "timeline", b"timeline"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
