@@ -7,7 +7,8 @@ opened, reserved by decode, pushed to prefill, transferring, transferred, closed
 flight and counts. The second opens rooms at a steady rate, at random times, and measures what a request waits for:
 from the wish to open a room to its ticket, and from decode's reservation to prefill's knowing it. Beside them stand
 the floors of the same run: a message to another Python process and back on an open gRPC stream (a request pays about
-two of these), and one put to etcd. `rooms per CPU second` is bootstrap's own: what one core would carry.
+two of these), and one put to etcd. `rooms per CPU second` is bootstrap's own: what one core would carry;
+`unwritten` is how many records waited for the store at the end of the first part.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -57,6 +59,7 @@ class Figures:
     rooms: int = 0
     seconds: float = 0.0
     cpu_s: float = 0.0
+    unwritten: int = 0  # records that waited for the store at the end
 
     @property
     def added_s(self) -> list[float]:
@@ -245,11 +248,18 @@ async def measure(kind: str, arguments: argparse.Namespace, table: Table) -> Non
             later.push_async_callback(mesh.close)
             await closed_loop(mesh, listening.pid, 16, min(1.0, arguments.seconds))  # everything is warm
             full = await closed_loop(mesh, listening.pid, arguments.in_flight, arguments.seconds)
+            full.unwritten = unwritten(str(listening.metrics))
             steady = await open_loop(mesh, listening.pid, arguments.rate, arguments.seconds)
             add(table, kind, full, steady)
             if kind == "etcd":
                 put = await put_times(etcd.endpoint, 500)
-                table.add_row("floor: etcd put", "", "", "", "", "", both(put))
+                table.add_row("floor: etcd put", "", "", "", "", "", "", both(put))
+
+
+def unwritten(metrics: str) -> int:
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as page:
+        lines = page.read().decode().splitlines()
+    return int(float(next(line for line in lines if line.startswith("pdmesh_store_pending ")).split()[1]))
 
 
 def add(table: Table, kind: str, full: Figures, steady: Figures) -> None:
@@ -258,6 +268,7 @@ def add(table: Table, kind: str, full: Figures, steady: Figures) -> None:
         f"{full.rooms / full.seconds:,.0f}",
         f"{full.cpu_s / full.seconds:.0%}",
         f"{full.rooms / full.cpu_s:,.0f}",
+        f"{full.unwritten:,}",
         both(steady.open_s),
         both(steady.push_s),
         both(steady.added_s),
@@ -272,12 +283,13 @@ def both(times_s: list[float]) -> str:
 
 async def main(arguments: argparse.Namespace) -> None:
     table = Table(title=f"one bootstrap process; times at {arguments.rate:g} rooms/s, p50 / p99 in ms")
-    for column in ("store", "rooms/s", "its CPU", "rooms per CPU second", "open → ticket", "reserve → push", "added"):
+    columns = ("store", "rooms/s", "its CPU", "rooms per CPU second", "unwritten")
+    for column in (*columns, "open → ticket", "reserve → push", "added"):
         table.add_column(column, justify="left" if column == "store" else "right")
     echo = await echo_times(1000)
     for kind in arguments.stores.split(","):
         await measure(kind, arguments, table)
-    table.add_row("floor: echo on a stream", "", "", "", "", "", both(echo))
+    table.add_row("floor: echo on a stream", "", "", "", "", "", "", both(echo))
     Console().print(table)
 
 

@@ -14,7 +14,7 @@ from common.errors.base import MeshError, Reason
 from common.obs.log import get_logger
 from common.worker.config import WorkerConfig
 from common.worker.front import Front, Role
-from common.worker.loop import PENDING_POLL_MS, RankTurns
+from common.worker.loop import AUDIT_POLL_MS, PENDING_POLL_MS, RankTurns
 from common.worker.messages import FromRank
 from common.worker.process import Rank
 from common.worker.ranks import ForRank
@@ -41,7 +41,7 @@ class LocalRank(RankTurns):
         self._batches: asyncio.Queue[FromRank | None] = asyncio.Queue()
         self._turn: asyncio.Handle | None = None
         self._turns_at_once = False
-        self._ended = False
+        self._ended = self._closed = False
 
     def send(self, message: ForRank) -> None:
         self._inbox.append(message)
@@ -54,9 +54,9 @@ class LocalRank(RankTurns):
             raise MeshError(Reason.WORKER_LOST, "the emulated rank failed; the log has the error")
 
     async def stop(self, timeout_s: float = 10.0) -> None:
-        if self._ended:
+        if self._closed:
             return
-        self._stopping = True
+        self._stopping = self._closed = True
         self._end()
         await asyncio.to_thread(self._handover.close)
         self._close()
@@ -79,8 +79,8 @@ class LocalRank(RankTurns):
             return
         if wait_s == 0:
             self._soon()
-        elif wait_s is None and self._handover.pending:
-            wait_s = PENDING_POLL_MS / 1000
+        elif wait_s is None:
+            wait_s = (PENDING_POLL_MS if self._handover.pending else AUDIT_POLL_MS) / 1000
         if wait_s and not self._turn:
             self._turn = self._loop.call_later(wait_s, self._take_turn)
 

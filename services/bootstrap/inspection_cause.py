@@ -92,7 +92,7 @@ def failed(scene: Scene) -> Cause:
     if end.event in ("", timeline.RESTORED):  # what led to it was known to an earlier bootstrap
         return Cause(f"It had failed before this bootstrap took it over: {room.message}.", room.reason, end.at)
     before = state_before(scene, end)
-    reason = room.reason
+    reason, message, by = origin(scene, end)
     if reason in FOLLOWS_LOSS and (lost := scene.loss(room.opened_at, end.at + NOTICE_S)):
         return Cause(loss_words(room, *lost, f"while {phase(room, before)}"), Reason.WORKER_LOST, end.at)
     wait = waiting(scene, before, end.at, end.prefill, end.decode)
@@ -104,9 +104,22 @@ def failed(scene: Scene) -> Cause:
         timeline.ROUTER: "The router gave the request up",
         timeline.OPERATOR: "An operator aborted the room",
         timeline.BOOTSTRAP: "Bootstrap gave the room up",
-    }.get(end.by, f"{end.by} gave the room up")
+    }.get(by, f"{by} gave the room up")
     after = f"{seconds(end.at - room.opened_at)} after the room was opened, while {phase(room, before)}"
-    return Cause(f"{who} {after}: {room.message}.", reason, end.at)
+    return Cause(f"{who} {after}: {message}.", reason, end.at)
+
+
+def origin(scene: Scene, end: Moment) -> tuple[str, str, str]:
+    """Reason and message of a failure, and who caused it.
+
+    When the router gives a request up, a worker may be the first to say so, and knows only that it was aborted; the
+    router's own word comes a moment later.
+    """
+    if end.event == "RoomFailed" and scene.room.reason == Reason.ABORTED:
+        for moment in scene.moments:
+            if moment.event == "Abort" and moment.at >= end.at:
+                return moment.reason, moment.message, moment.by
+    return scene.room.reason, scene.room.message, end.by
 
 
 def succeeded(scene: Scene) -> Cause:

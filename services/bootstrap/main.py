@@ -47,6 +47,7 @@ class Bootstrap:
         service = Service(SERVICE, pb_grpc.add_BootstrapServiceServicer_to_server, self.servicer)
         self.server = make_server(config.host, config.port, [service], tls=tls)
         self.address = self.server.address
+        self._control: ControlPlane | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -71,8 +72,10 @@ class Bootstrap:
 
     async def _take_up(self) -> None:
         await self.store.start()
-        epoch = await next_epoch(self.store)
-        control = ControlPlane(self.config, epoch, self.store, self.config.advertise_address or self.address)
+        if self._control is None:  # one that failed half-way goes on: its announcement stands
+            epoch = await next_epoch(self.store)
+            self._control = ControlPlane(self.config, epoch, self.store, self.config.advertise_address or self.address)
+        control = self._control
         workers, _ = await self.store.scan(WORKER_PREFIX)
         control.recovery.knew(types.Worker.FromString(entry.value) for entry in workers)
         control.records.know(workers)
@@ -84,7 +87,7 @@ class Bootstrap:
         ]
         self.servicer.control_plane = control
         await self.server.set_serving(True)
-        log.info("bootstrap serves", epoch=epoch, shards=len(control.shards.owned))
+        log.info("bootstrap serves", epoch=control.epoch, shards=len(control.shards.owned))
 
     async def stop(self) -> None:
         """End the sessions, write what is left to write, let go of the store. Idempotent."""

@@ -16,7 +16,7 @@ log = get_logger(__name__)
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 2.0
 # From the beginning of one commit to that of the next, unless there is more than one commit's worth: a record that
 # changes several times within it is written once.
-WINDOW_S = 0.005
+WINDOW_S = 0.02
 
 Make = Callable[[], bytes]
 Change = tuple[Make | None, Guard | None]

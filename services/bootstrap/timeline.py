@@ -143,13 +143,21 @@ class Journal:
         self._add(entry, event, by, reason, message, None)
 
     def applied(self, entry: Kept, event: machine.Event, by: str, before: Room, refusal: Refusal | None) -> None:
-        """The state machine was given an event. One that repeats what is known leaves no trace."""
-        if entry.room is before and refusal is None and not isinstance(event, machine.WorkerLost):
+        """The state machine was given an event. One that repeats what is known leaves no trace, unless it is the first
+        that may tell why a room failed: a worker often hears of an end before bootstrap does."""
+        if entry.room is before and refusal is None and not self._tells_why(entry, event):
             return
         reason, message = getattr(event, "reason", ""), getattr(event, "message", "")
         if isinstance(event, machine.DeadlinePassed) and refusal is None:
             reason, message = entry.room.reason, entry.room.message
         self._add(entry, type(event).__name__, by, reason, message, refusal)
+
+    def _tells_why(self, entry: Kept, event: machine.Event) -> bool:
+        """Whether an event that changed nothing is worth a line."""
+        if not isinstance(event, machine.WorkerLost | machine.Abort):
+            return False
+        name = type(event).__name__
+        return all(moment.event != name for moment in entry.timeline.moments)
 
     def refused(self, wanted: pb.OpenRoom, reason: str, message: str) -> None:
         """A room was not opened."""

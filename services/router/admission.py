@@ -88,6 +88,16 @@ class Admission:
         """Requests that wait and have not begun."""
         return len(self._queued)
 
+    def check_queue(self, group: str) -> None:
+        """Raise `MeshError` (OVERLOADED) if a new request would be refused whatever it asks for.
+
+        `enter` would find that out, too: this is for refusing it before any work is done for it.
+        """
+        if self.queued < self._max_queued or not self._pool.decodes(group):
+            return
+        if len(self._running) >= self._max_running or not Open(self._pool).roomy(group):
+            raise self._queue_full()
+
     async def enter(self, request: GenerationRequest, need: Need, *, resumed: bool = False) -> Route:
         """A route for a sequence, with its credit spent. Give it back with `leave`.
 
@@ -107,7 +117,7 @@ class Admission:
             if waiter.route.done():
                 return waiter.route.result()
             if self.queued > self._max_queued and request.request_id in self._queued:
-                raise self._overloaded(f"{self._max_queued} requests wait already")
+                raise self._queue_full()
             return await self._wait(waiter)
         except BaseException:
             if waiter.route.done() and not waiter.route.cancelled() and not waiter.route.exception():
@@ -228,6 +238,9 @@ class Admission:
     def _no_worker(self, group: str) -> MeshError:
         message = f"no worker is ready to serve {group}: {self._pool.lacking(group)}"
         return MeshError(Reason.NO_WORKER, message, retry_after_s=RETRY_AFTER_S)
+
+    def _queue_full(self) -> MeshError:
+        return self._overloaded(f"{self._max_queued} requests wait already")
 
     def _overloaded(self, why: str) -> MeshError:
         return MeshError(Reason.OVERLOADED, f"the mesh is full: {why}", retry_after_s=self._retry_after_s())

@@ -71,6 +71,8 @@ class Router:
             return await self._prepare(draft)
         except MeshError as error:
             metrics.REQUESTS.labels(draft.api, error.reason.lower()).inc()
+            if error.reason is Reason.OVERLOADED:
+                self.session.request_failed(draft.request_id, error)
             raise
 
     async def _prepare(self, draft: Draft) -> GenerationRequest:
@@ -78,6 +80,7 @@ class Router:
         self._check_open(draft.request_id)
         check_request_id(draft.request_id, draft.names)
         model = self.directory.get(draft.model)
+        self._admission.check_queue(model.name)
         texts = await self.directory.texts(model)
         prompts = [await self._to_ids(prompt, draft, texts) for prompt in draft.prompts]
         if draft.sampling.stop:

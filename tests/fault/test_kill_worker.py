@@ -89,6 +89,9 @@ class Mesh:
             figures = scrape(str(self.cluster.services[name].listening.metrics))
             assert "pdmesh_kv_leaked_pages 0.0" in figures
             assert "pdmesh_kv_disputed_pages 0.0" in figures
+            wait_until(lambda name=name: self.record(name).load.audit.runs > 0, 30, "its audit is known")  # type: ignore[misc]
+            audit = self.record(name).load.audit
+            assert (audit.leaked_pages, audit.disputed_pages) == (0, 0)
 
     def load(self, requests: int = REQUESTS, fault: Callable[[], Awaitable[None]] | None = None) -> Load:
         async def run() -> Load:
@@ -133,7 +136,7 @@ def test_a_worker_is_killed_under_load(mesh: Mesh, victim: str, part: str) -> No
             await asyncio.to_thread(service.process.wait, 30)
 
     load = mesh.load(fault=kill)
-    assert len(load.outcomes) == REQUESTS
+    assert len(load.outcomes) >= REQUESTS
     failures = load.failures()
     assert all(error.retryable for error in failures.values()), failures
     assert len(failures) <= CONCURRENCY, "no more than were running there"
@@ -176,6 +179,8 @@ def test_a_prefill_worker_stops_in_the_middle_of_its_writes(slow: Mesh, ending: 
         await until(lambda: slow.quarantined() == 0, "the quarantine ends")
 
     load = slow.load(24, fault=stop)
+    fenced = any("the writer of a failed room is gone" in slow.cluster.log(name) for name in ("decode-0", "decode-1"))
+    assert fenced == (ending == "is killed"), "else it said itself that it is quiet"
     assert all(error.retryable for error in load.failures().values()), load.failures()
     if ending == "is killed":
         slow.start("prefill-0")

@@ -61,12 +61,12 @@ class Mesh(Services):
         command = [sys.executable, "-m", "common.cli.main", *arguments, "--bootstrap", self["bootstrap"].grpc]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
-    def whole(self, *flags: str, prefill: Sequence[str] = (), decode: Sequence[str] = ()) -> None:
+    def whole(self, *flags: str, decode: Sequence[str] = (), router: Sequence[str] = ()) -> None:
         """A bootstrap with `flags`, a worker of each kind, and a router; not ready yet."""
         self.bootstrap(*BEATS, *flags)
-        self.worker("prefill", "prefill-0", *prefill)
+        self.worker("prefill", "prefill-0")
         self.worker("decode", "decode-0", *decode)
-        self.router()
+        self.router(*router)
 
     def profile(self, name: str, text: str) -> tuple[str, str]:
         path = self.folder / f"{name}.toml"
@@ -285,6 +285,53 @@ async def test_workers_that_do_not_fit(mesh: Mesh) -> None:
         assert reason == "NO_WORKER"
         assert "prefill-0" in said
         assert "decode-0" in said
+
+
+async def test_a_mesh_that_is_full(mesh: Mesh) -> None:
+    mesh.whole(decode=(*mesh.profile("slow", SLOW_DECODE), *TINY_POOL), router=("--queue-timeout", "0.5"))
+    await ready(mesh)
+    async with mesh.ask("first", max_new_tokens=400) as first:
+        await first.first_token()
+        async with mesh.ask("refused", max_new_tokens=400) as refused:
+            assert await refused.failure() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        said, reason = await mesh.explained("refused", "decode had no room within 0.5 s", "of 32 pages of decode-0")
+    assert reason == "OVERLOADED"
+    assert "were in use by 1 sequence" in said
+
+
+async def test_a_quarantine_that_lasts(mesh: Mesh) -> None:
+    mesh.whole()
+    await ready(mesh)
+    mesh["prefill-0"].signal(signal.SIGSTOP)
+    async with mesh.ask("given-up"):
+        room = await mesh.room("given-up", "WAITING_FOR_INPUT")
+    await mesh.explained("given-up", "the client left")
+    room_id = room["ticket"]["roomId"]
+
+    def pending() -> str:
+        (explained,) = mesh.call("Explain", roomId=room_id)["rooms"]
+        return str(explained.get("pending", ""))
+
+    said = pending()
+    assert said.startswith("3 pages of decode-0 are in quarantine since")
+    assert said.endswith("prefill-0 has not said that it writes no more.")
+    mesh["prefill-0"].signal(signal.SIGCONT)
+    await until(lambda: not pending())
+
+
+async def test_a_retracted_sequence(mesh: Mesh) -> None:
+    reserve = ("--num-reserved-decode-tokens", "0", "--decode-prealloc-high-water", "1.0")
+    quick = mesh.profile("quick", "[decode]\nbase_s = 0.002\n")
+    mesh.whole(decode=(*quick, *TINY_POOL, *reserve))
+    await ready(mesh)
+    async with mesh.ask("older", max_new_tokens=300) as older, mesh.ask("younger", max_new_tokens=300) as younger:
+        ends = [(await asked.rest())[-1].finish_reason for asked in (older, younger)]
+    assert ends == [types.FINISH_REASON_LENGTH] * 2
+    tries = {name: mesh.call("Explain", requestId=name)["rooms"] for name in ("older", "younger")}
+    (retracted, *_, last) = max(tries.values(), key=len)
+    assert "decode-0 ran out of pages and retracted the sequence" in retracted["summary"]
+    assert last["room"]["ticket"]["attempt"] > 1
+    assert last["summary"].startswith("The hand-over succeeded in")
 
 
 # ------------------------------------------------------------------------------------------ verbs and views

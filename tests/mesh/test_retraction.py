@@ -101,3 +101,20 @@ async def test_sampled_penalized_and_stopped_output_is_as_if_undisturbed(small: 
         assert result.token_ids == expected.token_ids
         assert (result.text, result.finish) == (expected.text, expected.finish)
     wait_until(mesh.at_rest, 5, "every page is back in its pool")
+
+
+async def test_many_emulated_sequences_say_what_they_say_with_room() -> None:
+    """The emulated engine's tokens depend on prompt and position alone: two hundred sequences in a few seconds."""
+    model = ("--model-path", "examples/models/adder", "--engine", "emulated", "--emulated-preset", "zero")
+    prompts = [f"{number} + {number} =" for number in range(200)]
+    said = []
+    for pool in ((), ("--max-total-tokens", "1600", *TOO_SMALL[2:])):
+        with running(*model, *pool) as mesh:
+            async with Client(mesh.grpc) as client:
+                results = await client.generate_all(prompts, temperature=0.0, max_new_tokens=150, ignore_eos=True)
+            said.append([result.token_ids for result in results])
+            retracted = counted(mesh, "decode", "pdmesh_retracted_sequences_total")
+            assert bool(retracted) == bool(pool)
+            wait_until(mesh.at_rest, 5, "every page is back in its pool")
+    assert said[0] == said[1]
+    assert {len(token_ids) for token_ids in said[0]} == {150}

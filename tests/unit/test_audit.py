@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+from common.engine.messages import Sampling
+from common.engine.request import Sequence
 from common.kvcache.allocator import PageAllocator
 from common.kvcache.audit import AUDIT_INTERVAL_S, Auditor, Claim, expand
-from common.kvcache.ledger import PageState
+from common.kvcache.ledger import Audit, PageState
+from common.worker.loop import RankTurns
+from tests.toys import toy_engine
 
 pytestmark = pytest.mark.unit
 
@@ -106,3 +110,34 @@ def test_random_use_of_an_allocator_is_always_in_order() -> None:
             state = PageState(int(draw.integers(1, 3)))
             held.append(Claim(f"{number}", state, pool.allocator.allocate(int(draw.integers(1, 20)), state)))
         assert pool.wrong(*held) == (0, 0)
+
+
+class Turns(RankTurns):
+    """A rank's turns, driven by hand."""
+
+    def audits(self) -> list[Audit]:
+        """Those of one turn whose audit is due."""
+        self._auditor._at -= AUDIT_INTERVAL_S
+        if self._engine.has_work:
+            self._engine.step()
+        batch = self._take()
+        return [message for message in batch.messages if isinstance(message, Audit)] if batch else []
+
+
+def test_a_rank_audits_itself_between_its_steps() -> None:
+    engine = toy_engine(num_pages=16)
+    turns = Turns(engine)
+    for number in range(3):
+        sampling = Sampling(max_new_tokens=6, temperature=0.0, ignore_eos=True)
+        engine.add(Sequence(number, [1 + number] * 7, sampling, request_id=f"q{number}"))
+    runs = 0
+    while engine.has_work:
+        [audit] = turns.audits()
+        runs += 1
+        assert audit == Audit(runs=runs), "nothing is wrong"
+    assert runs > 5
+    leaked = engine.allocator.allocate(2)
+    assert [(audit.leaked_pages, audit.disputed_pages) for audit in turns.audits()] == [(2, 0)]
+    engine.allocator.free(leaked)
+    assert [audit.leaked_pages for audit in turns.audits()] == [0]
+    assert turns._take() is None, "once an interval"

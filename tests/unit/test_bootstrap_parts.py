@@ -18,7 +18,7 @@ from services.bootstrap.records import Records
 from services.bootstrap.store.base import Outcome, Write
 from services.bootstrap.store.memory import MemoryStore
 from services.bootstrap.timers import Timers
-from services.bootstrap.workers import Workers
+from services.bootstrap.workers import REATTACH_S, Workers
 
 pytestmark = pytest.mark.unit
 
@@ -184,6 +184,57 @@ def test_a_new_registration_ends_the_earlier_life() -> None:
     registry.workers.lost(first, "its session broke")  # the old handler ends late
     assert second.online
     assert registry.workers.get("w") is second
+
+
+def test_a_life_goes_on_through_a_broken_session_and_a_new_replica() -> None:
+    registry = Registry()
+    first = registry.workers.register(worker(types.WORKER_ROLE_DECODE), Outbox())
+    again = worker(types.WORKER_ROLE_DECODE)
+    again.epoch = first.record.epoch
+    registry.workers.broken(first, "its session broke")
+    assert registry.states[-1] == "SUSPECT"
+    registry.advance(REATTACH_S / 2)
+    second = registry.workers.register(again, Outbox())
+    registry.workers.lost(first, "the old handler ends late")
+    registry.advance(REATTACH_S)
+    assert second.online
+    assert second.record.epoch == first.record.epoch or not first.online
+    assert registry.states[-1] == "READY"
+    assert registry.lost == []
+    elsewhere = Registry()  # one that has never heard of it
+    assert elsewhere.workers.register(again, Outbox()).record.epoch == again.epoch
+
+
+def test_a_life_that_ended_does_not_go_on() -> None:
+    registry = Registry()
+    first = registry.workers.register(worker(types.WORKER_ROLE_DECODE), Outbox())
+    again = worker(types.WORKER_ROLE_DECODE)
+    again.epoch = first.record.epoch
+    registry.workers.broken(first, "its session broke")
+    registry.advance(REATTACH_S + 0.25)
+    assert registry.lost == ["w"]
+    second = registry.workers.register(again, Outbox())
+    assert second.record.epoch > again.epoch
+    registry.workers.lost(second, "it closed its session")
+    registry.advance(400.0)
+    assert registry.gone == ["w"]
+    assert registry.workers.register(again, Outbox()).record.epoch > second.record.epoch, "though it is forgotten"
+    registry.workers.register(worker(types.WORKER_ROLE_DECODE), Outbox())
+    assert registry.lost == ["w"] * 3
+
+
+def test_who_slept_gives_the_workers_another_chance() -> None:
+    registry = Registry()
+    member = registry.workers.register(worker(types.WORKER_ROLE_DECODE), Outbox())
+    registry.clock.time += 60.0  # nothing ran meanwhile
+    registry.advance(0.25)
+    assert registry.lost == []
+    registry.workers.heartbeat(member, types.WorkerLoad())
+    registry.advance(4.0)
+    assert registry.states[-1] == "READY"
+    registry.clock.time += 60.0
+    registry.advance(12.0)
+    assert registry.lost == ["w"], "it had its chance"
 
 
 def test_a_registration_without_role_or_address_is_refused() -> None:

@@ -151,6 +151,23 @@ def test_a_client_that_leaves_and_an_operator() -> None:
     assert story.cause().sentence.startswith("An operator aborted the room 2.0 s after")
 
 
+def test_the_routers_word_counts_when_a_worker_was_first_to_say_it() -> None:
+    story = Story().reserve().after(0.25)
+    story.say(machine.RoomFailed(TICKET, Reason.ABORTED, "the router aborted the sequence"), "decode-0")
+    assert story.cause().sentence.startswith("decode-0 gave the room up 0.250 s after")
+    story.after(0.26).abort()
+    assert story.cause().sentence.endswith(": the client left.")
+    assert story.cause().sentence.startswith("The router gave the request up 0.250 s after")
+
+    lost = Story().reserve().after(0.25)
+    lost.say(machine.RoomFailed(TICKET, Reason.ABORTED, "the router aborted the sequence"), "decode-0")
+    lost.after(0.26).abort(Reason.WORKER_LOST, "worker prefill-0: Socket closed")
+    assert lost.cause().reason == Reason.WORKER_LOST
+    assert (
+        lost.after(1.3).lose("prefill-0", "its session broke").cause().sentence.startswith("prefill-0 is gone, 1.3 s")
+    )
+
+
 @pytest.mark.parametrize("how", ["timer", "router", "client"])
 def test_a_deadline_whoever_was_first_to_notice(how: str) -> None:
     story = Story(request_deadline=101.0).reserve().after(0.9)
