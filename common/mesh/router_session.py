@@ -24,6 +24,7 @@ KEEP_WORKER_S = 10.0
 ASK_AGAIN_S = 0.2
 # How long rooms may be without an owner before they count as failed.
 OWNERLESS_S = 30.0
+SWEEP_S = 2.0
 MAX_UNSENT = 10_000
 
 # Of what the replicas say of one worker, the best holds: its session with one of them may be down.
@@ -61,7 +62,12 @@ class RouterSession(Replicas["RouterLink"]):
         self._opening: dict[Opening, tuple[asyncio.Future[Ticket], pb.OpenRoom]] = {}
         self._open: dict[Ticket, pb.OpenRoom] = {}
         self._unsent: defaultdict[int, list[pb.RouterEvent]] = defaultdict(list)
+        self._vacant: dict[int, float] = {}  # shards that were seen without an owner, and since when
         self._timers: set[asyncio.TimerHandle] = set()
+
+    def start(self) -> None:
+        super().start()
+        self._sweep()
 
     async def close(self) -> None:
         self.closing = True
@@ -128,6 +134,8 @@ class RouterSession(Replicas["RouterLink"]):
     def gained(self, link: RouterLink, shards: list[int]) -> None:
         """Bring a new owner the rooms that are open, ask it for those that are wanted, and what waited for it."""
         wanted = set(shards)
+        for shard in shards:
+            self._vacant.pop(shard, None)
         for ticket, room in self._open.items():
             if shard_of_room(ticket.room_id) in wanted:
                 again = pb.OpenRoom()
@@ -152,8 +160,6 @@ class RouterSession(Replicas["RouterLink"]):
             self.ready.clear()
         if self.closing:
             return
-        if self._open:
-            self._later(OWNERLESS_S, self._fail_ownerless)
         self.refresh()
         self.lost(error)
 
@@ -243,10 +249,14 @@ class RouterSession(Replicas["RouterLink"]):
         ended.reason = Reason.BOOTSTRAP_UNREACHABLE
         self._room_ended(ended)
 
-    def _fail_ownerless(self) -> None:
-        message = unreachable(self.address, f"no owner for {OWNERLESS_S:g} s").message
-        for ticket in [ticket for ticket in self._open if self.owners.of_room(ticket.room_id) is None]:
-            self._end(ticket, message)
+    def _sweep(self) -> None:
+        """End rooms whose shard has had no owner for too long."""
+        now = asyncio.get_running_loop().time()
+        for ticket in list(self._open):
+            shard = shard_of_room(ticket.room_id)
+            if self.owners.of(shard) is None and now - self._vacant.setdefault(shard, now) >= OWNERLESS_S:
+                self._end(ticket, unreachable(self.address, f"no owner for {OWNERLESS_S:g} s").message)
+        self._later(SWEEP_S, self._sweep)
 
     def _fail_opening(self, error: MeshError) -> None:
         for answer, _ in self._opening.values():

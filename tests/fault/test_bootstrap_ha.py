@@ -26,6 +26,7 @@ REQUESTS = 320 if SOAK else 48
 CONCURRENCY = 16 if SOAK else 8
 TOKENS = 24
 AWAY_S = 20.0 if SOAK else 5.0
+TURNS = 18 if SOAK else 3
 
 Fault = Callable[[], Awaitable[None]]
 
@@ -80,6 +81,29 @@ def test_a_replica_is_killed(tmp_path: Path) -> None:
 
         check_that_none_was_lost(mesh, kill_one)
         assert shards_of(mesh, "bootstrap-1") == SHARDS
+
+
+def test_replicas_are_killed_by_turns(tmp_path: Path) -> None:
+    """Also before the other one has taken over, and while it does."""
+    with etcd(tmp_path) as store, cluster(tmp_path) as mesh:
+        ports = [free_port(), free_port()]
+
+        def start(replica: int) -> None:
+            flags = ("--port", str(ports[replica]), "--metrics-port", "0", "--store", store.store)
+            mesh.start(f"bootstrap-{replica}", *flags)
+
+        for replica in range(2):
+            start(replica)
+        mesh.start_mesh(",".join(f"127.0.0.1:{port}" for port in ports), MODEL)
+
+        async def kill_by_turns() -> None:
+            for turn in range(TURNS):
+                mesh.services[f"bootstrap-{turn % 2}"].kill()
+                await asyncio.sleep((0.2, 4.0, 1.5)[turn % 3])
+                await asyncio.to_thread(start, turn % 2)
+                await asyncio.sleep((3.0, 0.5)[turn % 2])
+
+        check_that_none_was_lost(mesh, kill_by_turns)
 
 
 def test_a_replica_that_slept_is_not_listened_to(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.errors.base import MeshError, Reason
+from common.mesh import router_session
 from common.mesh.router_session import RouterSession
 from common.mesh.ticket import Ticket
 from common.mesh.wire import ticket_from, ticket_to
@@ -354,6 +355,20 @@ async def test_a_restart_raises_the_epoch_and_a_room_goes_on(mesh: Mesh, durable
     assert (ticket_from(end.ticket), end.state) == (old, types.ROOM_STATE_SUCCESS)
     if durable:
         assert (await mesh.room(old)).state == types.ROOM_STATE_SUCCESS
+
+
+async def test_a_room_without_an_owner_for_too_long_has_failed(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_session, "SWEEP_S", 0.02)
+    monkeypatch.setattr(router_session, "OWNERLESS_S", 0.2)
+    bootstrap = await mesh.start()
+    _, _, router, ended = await mesh.all()
+    ticket = await router.open_room(wanted(), 5)
+    await bootstrap.stop()
+    end = await ended.next()
+    assert (ticket_from(end.ticket), end.reason) == (ticket, "BOOTSTRAP_UNREACHABLE")
+    with pytest.raises(MeshError) as caught:
+        await router.open_room(wanted("next"), 0.1)
+    assert caught.value.reason is Reason.BOOTSTRAP_UNREACHABLE
 
 
 async def test_rooms_and_workers_are_written_to_etcd(mesh: Mesh) -> None:

@@ -25,10 +25,12 @@ from pdmesh.v1 import bootstrap_service_pb2_grpc as pb_grpc
 from pdmesh.v1 import types_pb2 as types
 from services.bootstrap.config import BootstrapConfig
 from services.bootstrap.main import Bootstrap
-from services.bootstrap.shards import DEFAULT_SHARDS
+from services.bootstrap.shards import CLUSTER_PREFIX, DEFAULT_SHARDS
+from services.bootstrap.store.base import Entry
 from services.bootstrap.store.etcd import EtcdStore
 from services.bootstrap.store.etcd_client import EtcdClient
 from services.bootstrap.store.etcd_server import EtcdServer
+from services.bootstrap.store.memory import MemoryStore
 
 pytestmark = pytest.mark.mesh
 
@@ -280,3 +282,25 @@ async def test_new_requests_while_the_store_is_away(mesh: Mesh, policy: str) -> 
     await became(lambda: bootstrap.store.in_touch)
     assert len(bootstrap.servicer.control.shards.owned) == DEFAULT_SHARDS
     await mesh.open("later")
+
+
+class Stumbling(MemoryStore):
+    """Fails once, after the replica has announced itself."""
+
+    failures = 1
+
+    async def scan(self, prefix: str) -> tuple[list[Entry], int]:
+        if prefix == CLUSTER_PREFIX and self.failures:
+            self.failures -= 1
+            raise MeshError(Reason.STORE_FAILED, "gone for a moment")
+        return await super().scan(prefix)
+
+
+async def test_a_start_that_failed_half_way_leaves_no_second_replica() -> None:
+    bootstrap = Bootstrap(CONFIG, Stumbling())
+    await bootstrap.start()
+    await bootstrap.serve()
+    shards = bootstrap.servicer.control.shards
+    assert list(shards.replicas) == [shards.replica_id]
+    assert len(shards.owned) == DEFAULT_SHARDS
+    await bootstrap.stop()
