@@ -180,7 +180,7 @@ def test_a_prefill_worker_stops_in_the_middle_of_its_writes(slow: Mesh, ending: 
 
     load = slow.load(24, fault=stop)
     fenced = any("the writer of a failed room is gone" in slow.cluster.log(name) for name in ("decode-0", "decode-1"))
-    assert fenced == (ending == "is killed"), "else it said itself that it is quiet"
+    assert fenced or ending == "goes on", "a dead process says nothing: decode's endpoint has seen its end"
     assert all(error.retryable for error in load.failures().values()), load.failures()
     if ending == "is killed":
         slow.start("prefill-0")
