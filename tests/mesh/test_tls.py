@@ -96,7 +96,8 @@ def test_https_answers(mesh: Mesh, authority: Authority) -> None:
 
 
 def test_the_command_line_answers_with_a_certificate_alone(mesh: Mesh, client: Files) -> None:
-    command = [sys.executable, "-m", "common.cli.main", "generate", "1 + 2 =", "--router", mesh.grpc]
+    command = [sys.executable, "-m", "common.cli.main", "generate", "1 + 2 =", "--temperature", "0"]
+    command += ["--router", mesh.grpc]
     asked = subprocess.run([*command, *client.flags], capture_output=True, text=True, timeout=120)
     assert (asked.returncode, asked.stdout.strip()) == (0, "3"), asked.stderr
     refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
