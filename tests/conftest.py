@@ -17,8 +17,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that kills or stops processes may be repeated once; the summary counts it as rerun.
 
     It waits for time-outs of real processes, which a machine that is busy elsewhere can stretch beyond any bound.
-    What compares contents, such as the oracle's and the transfers' suites, is never repeated.
+    What compares contents is never repeated: it says so with `flaky(reruns=0)`, or bears no such mark.
     """
     for item in items:
-        if item.get_closest_marker("fault"):
+        if item.get_closest_marker("fault") and not item.get_closest_marker("flaky"):
             item.add_marker(pytest.mark.flaky(reruns=1))

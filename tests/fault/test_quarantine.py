@@ -47,7 +47,7 @@ from common.worker.waker import Waker
 from services.decode.handover import DecodeHandover, Incoming
 from tests.checkpoints import Answer, Oracle, make_checkpoint
 
-pytestmark = [pytest.mark.fault, pytest.mark.slow]
+pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.flaky(reruns=0)]
 
 PAGE, PAGES = 16, 128
 LONG = 100 * PAGE  # the prompt of the writer that stops
