@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -77,19 +78,16 @@ class Transformers:
         return elapsed
 
 
-class TimedRunner:
-    """A model runner that adds up the seconds spent in `run`."""
+class TimedRun:
+    """Stands for a model runner's `run` and adds up the seconds spent there."""
 
-    def __init__(self, runner: ModelRunner) -> None:
-        self.runner = runner
+    def __init__(self, run: Callable[[Seq[Chunk]], torch.Tensor]) -> None:
+        self.run = run
         self.seconds = 0.0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.runner, name)
-
-    def run(self, chunks: list[Chunk]) -> torch.Tensor:
+    def __call__(self, chunks: Seq[Chunk]) -> torch.Tensor:
         begun = time.perf_counter()
-        logits = self.runner.run(chunks)
+        logits = self.run(chunks)
         self.seconds += time.perf_counter() - begun
         return logits
 
@@ -100,8 +98,10 @@ class Ours:
     def __init__(self, folder: Path, dtype: str) -> None:
         config = EngineConfig(model_path=str(folder), dtype=dtype, device="cpu", max_total_tokens=16384)
         self.engine: Engine = build_engine(config, allocate_host)
-        self.timed = TimedRunner(self.engine.runner)  # type: ignore[arg-type]
-        self.engine.runner = self.timed  # type: ignore[assignment]
+        runner = self.engine.runner
+        assert isinstance(runner, ModelRunner)
+        self.timed = TimedRun(runner.run)
+        runner.run = self.timed  # type: ignore[method-assign]
         self.ids = itertools.count()
 
     def generate_s(self, prompts: list[list[int]], tokens: int) -> float:
