@@ -14,11 +14,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that kills or stops processes may be repeated once; the summary counts it as rerun.
+    """A test that starts or kills real processes may be repeated once; the summary names it as rerun.
 
     It waits for time-outs of real processes, which a machine that is busy elsewhere can stretch beyond any bound.
-    What compares contents is never repeated: it says so with `flaky(reruns=0)`, or bears no such mark.
+    What compares contents is never repeated: it says so with `flaky(reruns=0)`.
     """
     for item in items:
-        if item.get_closest_marker("fault") and not item.get_closest_marker("flaky"):
+        starts_processes = item.get_closest_marker("fault") or item.get_closest_marker("mesh")
+        if starts_processes and not item.get_closest_marker("flaky"):
             item.add_marker(pytest.mark.flaky(reruns=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Server:
         self.port = port
         self.names = ("", *names)
         self.health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._stopped: asyncio.Task[None] | None = None
 
     @property
     def address(self) -> str:
@@ -65,7 +67,16 @@ class Server:
             await self.health.set(name, status)
 
     async def stop(self, grace_s: float = 0.0) -> None:
-        """Refuse new calls at once, cancel those that still run after `grace_s`. Idempotent."""
+        """Refuse new calls at once, cancel those that still run after `grace_s`.
+
+        Idempotent: the first call's grace stands, later ones wait for its end. The stopping has a task of its own,
+        for a caller may be one of the calls that it cancels, and gRPC takes a cancelled wait for the end.
+        """
+        if self._stopped is None:
+            self._stopped = asyncio.create_task(self._stop(grace_s))
+        await asyncio.shield(self._stopped)
+
+    async def _stop(self, grace_s: float) -> None:
         await self.health.enter_graceful_shutdown()
         await self.grpc_server.stop(grace_s)
 

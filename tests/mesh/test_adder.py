@@ -11,7 +11,7 @@ import pytest
 
 from tests.mesh.harness import ROOT, Mesh, running, wait_until
 
-pytestmark = [pytest.mark.mesh, pytest.mark.slow]
+pytestmark = [pytest.mark.mesh, pytest.mark.slow, pytest.mark.flaky(reruns=0)]
 
 HELD_OUT: list[list[int]] = json.loads((ROOT / "examples/models/adder/heldout.json").read_text())
 CONCURRENCY = 32

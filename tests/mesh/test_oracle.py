@@ -11,7 +11,7 @@ import pytest
 from tests.checkpoints import Answer, Oracle, make_checkpoint
 from tests.mesh.harness import Client, Mesh, running, wait_until
 
-pytestmark = [pytest.mark.mesh, pytest.mark.slow]
+pytestmark = [pytest.mark.mesh, pytest.mark.slow, pytest.mark.flaky(reruns=0)]
 
 SEED = 20
 PROMPTS, LONGEST, NEW_TOKENS = 24, 700, 64

@@ -11,7 +11,7 @@ import pytest
 from tests.checkpoints import Answer, Oracle, make_checkpoint
 from tests.mesh.harness import Client, Mesh, running, scrape, wait_until
 
-pytestmark = [pytest.mark.mesh, pytest.mark.slow]
+pytestmark = [pytest.mark.mesh, pytest.mark.slow, pytest.mark.flaky(reruns=0)]
 
 SEED = 31
 DISTINCT, SEQUENCES, LONGEST, NEW_TOKENS = 8, 32, 60, 128

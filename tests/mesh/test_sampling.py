@@ -10,7 +10,7 @@ import pytest
 from tests.checkpoints import make_checkpoint
 from tests.mesh.harness import Client, running
 
-pytestmark = [pytest.mark.mesh, pytest.mark.slow]
+pytestmark = [pytest.mark.mesh, pytest.mark.slow, pytest.mark.flaky(reruns=0)]
 
 PROMPTS = [[30 + i, 31, 32 + 2 * i, *range(40, 60 + i)] for i in range(16)]
 SAMPLING = [

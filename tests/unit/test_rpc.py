@@ -180,3 +180,18 @@ async def test_a_quiet_stream_outlives_its_keepalive_pings() -> None:
             call.cancel()
     finally:
         await server.stop(0)
+
+
+async def test_who_stops_a_server_may_be_cancelled() -> None:
+    """At any turn, as happens to a call that stops its own server: whoever waits later learns of the end."""
+    for turns in range(16):
+        async with serving(Failing()) as (server, channel):
+            stub = pb_grpc.BootstrapServiceStub(channel)
+            call = stub.RouterSession()
+            await call.write(pb.RouterSessionRequest())
+            await call.read()
+            stopper = asyncio.create_task(server.stop())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            stopper.cancel()
+            await server.stop()
