@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 
@@ -23,3 +25,9 @@ class RopeConfig(msgspec.Struct, frozen=True):
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     partial_rotary_factor: float = 1.0
+
+
+def yarn_mscale(factor: float, scale: float = 1.0) -> float:
+    """What YaRN (https://arxiv.org/abs/2309.00071) multiplies queries and keys by, for a context `factor` times the
+    trained one."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0

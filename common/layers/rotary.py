@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from common.layers.rope import RopeConfig
+from common.layers.rope import RopeConfig, yarn_mscale
 
 
 class Rotary:
@@ -123,14 +123,11 @@ def yarn_inverse(
 
 
 def yarn_magnitude(config: RopeConfig, factor: float) -> float:
-    def magnitude(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     if config.attention_factor is not None:
         return config.attention_factor
     if config.mscale and config.mscale_all_dim:
-        return magnitude(config.mscale) / magnitude(config.mscale_all_dim)
-    return magnitude(1.0)
+        return yarn_mscale(factor, config.mscale) / yarn_mscale(factor, config.mscale_all_dim)
+    return yarn_mscale(factor)
 
 
 def longrope_inverse(

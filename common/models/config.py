@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
 from common.errors.base import MeshError, Reason
-from common.layers.rope import RopeConfig
+from common.kvcache.layout import KvLayout
+from common.layers.rope import RopeConfig, yarn_mscale
 
 T = TypeVar("T")
 
 
+class QuantizationConfig(msgspec.Struct, kw_only=True):
+    """`quantization_config` of a checkpoint in FP8 whose weights have a scale for each block."""
+
+    quant_method: str = ""
+    fmt: str = "e4m3"
+    activation_scheme: str = "dynamic"
+    weight_block_size: tuple[int, int] | None = None
+
+
 class ModelConfig(msgspec.Struct, kw_only=True):
-    """The fields of config.json that dense decoders use, checked for their types; others are ignored.
+    """The fields of config.json that decoders use, checked for their types; others are ignored.
 
     Transformers 4 writes `rope_theta`, `rope_scaling` and `torch_dtype`, transformers 5 `rope_parameters` and
     `dtype`; `rope` and `checkpoint_dtype` read either.
@@ -43,8 +54,35 @@ class ModelConfig(msgspec.Struct, kw_only=True):
     dtype: str | None = None
     eos_token_id: int | list[int] | None = None
     use_sliding_window: bool = False
+    sliding_window: int | None = None
     layer_types: list[str] | None = None
-    quantization_config: dict[str, Any] | None = None
+    quantization_config: QuantizationConfig | None = None
+
+    # Multi-head latent attention; `kv_lora_rank` says that a model has it.
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int | None = None
+    rope_interleave: bool = True
+
+    # Mixture of experts. Their number has another name in every family; see `routed_experts`.
+    n_routed_experts: int | None = None
+    num_experts: int | None = None
+    num_local_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
+    n_shared_experts: int | None = None
+    scoring_func: str | None = None
+    topk_method: str | None = None
+    n_group: int | None = None
+    topk_group: int | None = None
+    norm_topk_prob: bool | None = None
+    routed_scaling_factor: float = 1.0
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+    decoder_sparse_step: int = 1
+    mlp_only_layers: list[int] | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -55,6 +93,27 @@ class ModelConfig(msgspec.Struct, kw_only=True):
     def head_size(self) -> int:
         """Elements of one head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that are rotated."""
+        return self.head_size if self.kv_lora_rank is None else self.qk_rope_head_dim
+
+    @property
+    def attention_scale(self) -> float:
+        """What the product of a query and a key is multiplied by."""
+        if self.kv_lora_rank is None:
+            return 1 / math.sqrt(self.head_size)
+        scale, rope = 1 / math.sqrt(self.qk_nope_head_dim + self.qk_rope_head_dim), self.rope
+        if rope.rope_type == "yarn" and rope.mscale_all_dim:  # DeepSeek's addition to YaRN
+            trained = rope.original_max_position_embeddings or self.max_position_embeddings
+            scale *= yarn_mscale(rope.factor or self.max_position_embeddings / trained, rope.mscale_all_dim) ** 2
+        return scale
+
+    @property
+    def routed_experts(self) -> int:
+        """Experts that a token is routed among; 0 in a dense model."""
+        return self.n_routed_experts or self.num_experts or self.num_local_experts or 0
 
     @property
     def checkpoint_dtype(self) -> str | None:
@@ -83,6 +142,19 @@ class ModelConfig(msgspec.Struct, kw_only=True):
         return self.max_position_embeddings
 
 
+def kv_layout(config: ModelConfig, dtype: str, page_size: int) -> KvLayout:
+    """The pages of a model's whole KV cache."""
+    latent = config.kv_lora_rank
+    return KvLayout(
+        dtype=dtype,
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=config.kv_heads if latent is None else 1,
+        head_dim=config.head_size if latent is None else latent + config.qk_rope_head_dim,
+        page_size=page_size,
+        kind="mha" if latent is None else "mla",
+    )
+
+
 class GenerationConfig(msgspec.Struct):
     """The field of generation_config.json that ends a sequence."""
 
@@ -106,7 +178,7 @@ def read_config(folder: Path) -> ModelConfig:
         heads = f"{config.num_attention_heads} query heads among {config.kv_heads} key/value heads"
         raise bad_checkpoint(f"{path}: cannot share {heads}")
     unsupported = {
-        "quantized weights": config.quantization_config is not None,
+        **unsupported_quantization(config.quantization_config),
         f"the activation {config.hidden_act!r}": config.hidden_act != "silu",
         "sliding-window attention": config.use_sliding_window or "sliding_attention" in (config.layer_types or ()),
         f"rope_type {kind!r} on part of a head": config.rope.partial_rotary_factor != 1.0,
@@ -115,6 +187,22 @@ def read_config(folder: Path) -> ModelConfig:
         if present:
             raise bad_checkpoint(f"{path}: {what}: not supported")
     return config
+
+
+def unsupported_quantization(given: QuantizationConfig | None) -> dict[str, bool]:
+    """What of a checkpoint's quantization is not served here."""
+    if given is None:
+        return {}
+    if given.quant_method != "fp8":
+        return {f"weights quantized by {given.quant_method!r}": True}
+    block = given.weight_block_size
+    return {
+        f"weights quantized to FP8 in the format {given.fmt!r}": given.fmt != "e4m3",
+        f"weights quantized to FP8 with activation_scheme {given.activation_scheme!r}": (
+            given.activation_scheme != "dynamic"
+        ),
+        f"weights quantized to FP8 with weight_block_size {block}": block is None or min(block) < 1,
+    }
 
 
 def read_eos_token_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:

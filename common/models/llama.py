@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from common.models.checkpoint import Checkpoint
 from common.models.config import ModelConfig
-from common.models.dense import DenseDecoder, DenseOptions
+from common.models.decoder import Decoder
+from common.models.dense import DenseOptions, load_dense
 
 
-def load(config: ModelConfig, checkpoint: Checkpoint, context_length: int) -> DenseDecoder:
+def load(config: ModelConfig, checkpoint: Checkpoint, context_length: int) -> Decoder:
     """Biases, rare in this family, are on where the config says so."""
     options = DenseOptions(qkv_bias=config.attention_bias, output_bias=config.attention_bias, mlp_bias=config.mlp_bias)
-    return DenseDecoder(config, checkpoint, context_length, options)
+    return load_dense(config, checkpoint, context_length, options)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from common.models.checkpoint import Checkpoint
 from common.models.config import ModelConfig
-from common.models.dense import DenseDecoder, DenseOptions
+from common.models.decoder import Decoder
+from common.models.dense import DenseOptions, load_dense
 
 
-def load(config: ModelConfig, checkpoint: Checkpoint, context_length: int) -> DenseDecoder:
+def load(config: ModelConfig, checkpoint: Checkpoint, context_length: int) -> Decoder:
     """Queries, keys and values always have a bias, the output projection never."""
-    return DenseDecoder(config, checkpoint, context_length, DenseOptions(qkv_bias=True))
+    return load_dense(config, checkpoint, context_length, DenseOptions(qkv_bias=True))

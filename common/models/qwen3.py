@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from common.models.checkpoint import Checkpoint
 from common.models.config import ModelConfig
-from common.models.dense import DenseDecoder, DenseOptions
+from common.models.decoder import Decoder
+from common.models.dense import DenseOptions, load_dense
 
 
-def load(config: ModelConfig, checkpoint: Checkpoint, context_length: int) -> DenseDecoder:
+def load(config: ModelConfig, checkpoint: Checkpoint, context_length: int) -> Decoder:
     """Each query and key head is normalised; heads have a size of their own."""
     options = DenseOptions(qkv_bias=config.attention_bias, output_bias=config.attention_bias, qk_norm=True)
-    return DenseDecoder(config, checkpoint, context_length, options)
+    return load_dense(config, checkpoint, context_length, options)

@@ -10,7 +10,7 @@ import torch
 
 from common.models.checkpoint import Checkpoint
 from common.models.config import ModelConfig, bad_checkpoint
-from common.ops.attention.base import AttentionPlan
+from common.ops.attention.base import Plan
 
 
 class CausalLM(Protocol):
@@ -20,7 +20,7 @@ class CausalLM(Protocol):
         self,
         token_ids_T: torch.Tensor,
         positions_T: torch.Tensor,
-        plan: AttentionPlan,
+        plan: Plan,
         wanted_S: torch.Tensor | None,
     ) -> torch.Tensor:
         """Logits `[S, V]` after the rows `wanted_S`; after all of them when it is None."""
@@ -46,6 +46,10 @@ FAMILIES = (
     Family("LlamaForCausalLM", "llama", "common.models.llama"),
     Family("Qwen2ForCausalLM", "qwen2", "common.models.qwen2"),
     Family("Qwen3ForCausalLM", "qwen3", "common.models.qwen3"),
+    Family("Qwen3MoeForCausalLM", "qwen3_moe", "common.models.qwen3_moe"),
+    Family("MixtralForCausalLM", "mixtral", "common.models.mixtral"),
+    Family("DeepseekV2ForCausalLM", "deepseek_v2", "common.models.deepseek"),
+    Family("DeepseekV3ForCausalLM", "deepseek_v3", "common.models.deepseek"),
 )
 
 

@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from common.engine.config import EngineConfig
@@ -33,6 +43,20 @@ SMALL: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 40,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.0,
+}
+GROUPS = {"n_group": 4, "topk_group": 2}
+DEEPSEEK_YARN = YARN | {"rope_theta": 5000.0, "mscale": 1.0, "mscale_all_dim": 0.8}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -51,6 +75,23 @@ LONGROPE = {
 
 def llama(**changes: Any) -> PreTrainedConfig:
     return LlamaConfig(**SMALL | changes)
+
+
+def deepseek_v3(**changes: Any) -> PreTrainedConfig:
+    return DeepseekV3Config(**SMALL | LATENT | GROUPS | {"q_lora_rank": 24} | changes)
+
+
+def deepseek_v2(**changes: Any) -> PreTrainedConfig:
+    return DeepseekV2Config(**SMALL | LATENT | {"n_shared_experts": 2} | changes)
+
+
+def qwen3_moe(**changes: Any) -> PreTrainedConfig:
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "head_dim": 32}
+    return Qwen3MoeConfig(**SMALL | experts | changes)
+
+
+def mixtral(**changes: Any) -> PreTrainedConfig:
+    return MixtralConfig(**SMALL | {"num_local_experts": 4} | changes)
 
 
 def scaled(**rope: Any) -> PreTrainedConfig:
@@ -74,6 +115,15 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen2-tied": lambda: Qwen2Config(**SMALL | {"tie_word_embeddings": True}),
     "qwen3": lambda: Qwen3Config(**SMALL, head_dim=32),
     "qwen3-biased": lambda: Qwen3Config(**SMALL | {"tie_word_embeddings": True, "attention_bias": True}, head_dim=16),
+    "qwen3-moe": lambda: qwen3_moe(norm_topk_prob=True),
+    "qwen3-moe-some-dense": lambda: qwen3_moe(num_hidden_layers=4, decoder_sparse_step=2, mlp_only_layers=[1]),
+    "mixtral": mixtral,
+    "deepseek-v3": deepseek_v3,
+    "deepseek-v3-yarn": lambda: deepseek_v3(rope_parameters=DEEPSEEK_YARN),
+    "deepseek-v3-halves": lambda: deepseek_v3(rope_interleave=False, n_group=1, topk_group=1, attention_bias=True),
+    "deepseek-v3-not-normalised": lambda: deepseek_v3(norm_topk_prob=False, q_lora_rank=None, n_shared_experts=2),
+    "deepseek-v2-lite": lambda: deepseek_v2(q_lora_rank=None, rope_parameters=DEEPSEEK_YARN),
+    "deepseek-v2": lambda: deepseek_v2(q_lora_rank=24, topk_method="group_limited_greedy", **GROUPS),
 }
 
 
@@ -96,6 +146,9 @@ def make_model(
         for weight in model.parameters():
             if weight.ndim == 1:
                 weight.add_(0.1 * torch.randn_like(weight))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(0.1 * torch.randn_like(buffer))
     for _ in range(6 if varied else 0):
         if variety(model) >= 18:
             break
@@ -213,9 +266,10 @@ def test_dynamic_scaling_beyond_the_trained_length(tmp_path: Path) -> None:
     assert sequence.output == expected(model, prompt_of(40), 64)[0]
 
 
-def test_mixed_batch_equals_each_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make_config", [lambda: Qwen3Config(**SMALL, head_dim=16), deepseek_v3, mixtral])
+def test_mixed_batch_equals_each_alone(make_config: Callable[[], PreTrainedConfig], tmp_path: Path) -> None:
     """Prompts of many lengths, chunked, join at different steps; each gets transformers' tokens."""
-    model = make_model(Qwen3Config(**SMALL, head_dim=16), tmp_path)
+    model = make_model(make_config(), tmp_path)
     runner = load_runner(tmp_path)
     pages = iter(scattered_pages(1))
     lengths = [1, 2, 7, 8, 9, 16, 33, 64, 100]
@@ -264,10 +318,11 @@ def test_an_overwritten_page_changes_the_output(tmp_path: Path) -> None:
     assert (whole - damaged).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("make_config", [llama, deepseek_v3])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision(dtype: str, tmp_path: Path) -> None:
+def test_half_precision(dtype: str, make_config: Callable[[], PreTrainedConfig], tmp_path: Path) -> None:
     """Close to the same weights in float32; chunks and single tokens agree with one another."""
-    make_model(llama(), tmp_path, getattr(torch, dtype))
+    make_model(make_config(), tmp_path, getattr(torch, dtype))
     runner = load_runner(tmp_path)
     assert runner.layout.dtype == dtype
     prompt = prompt_of(50)

@@ -1,0 +1,1 @@
+"""The expert dispatch seam: the contract in `base`, one file per backend."""

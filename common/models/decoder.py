@@ -1,0 +1,96 @@
+"""The decoder that all families share: embedding, layers, norm and head. A family says what a layer is made of.
+
+Shape suffixes: T tokens, S tokens whose logits are wanted, E hidden size, V vocabulary, D rotated dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from common.layers.norm import RmsNorm
+from common.layers.rotary import Rotary
+from common.models.checkpoint import Checkpoint
+from common.models.config import ModelConfig, bad_checkpoint
+from common.models.weights import Weights
+from common.ops.attention.base import Plan
+from common.ops.linear import Product, make_linear
+
+# (x_TE, cos_T1D, sin_T1D, plan) -> the heads' outputs of each token
+AttentionBlock = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Plan], torch.Tensor]
+
+
+class DecoderLayer:
+    """Attention and feed-forward, each normalised before and added to the residual stream after."""
+
+    def __init__(
+        self, input_norm: RmsNorm, attention: AttentionBlock, output: Product, mlp_norm: RmsNorm, mlp: Product
+    ) -> None:
+        self.input_norm = input_norm
+        self.attention = attention
+        self.output = output
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+
+    def __call__(
+        self,
+        x_TE: torch.Tensor,
+        cos_T1D: torch.Tensor,
+        sin_T1D: torch.Tensor,
+        plan: Plan,
+        wanted_S: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The stream after this layer; of the rows `wanted_S` only where they are given (the last layer)."""
+        heads = self.attention(self.input_norm(x_TE), cos_T1D, sin_T1D, plan)
+        if wanted_S is not None:
+            heads, x_TE = heads.index_select(0, wanted_S), x_TE.index_select(0, wanted_S)
+        x_TE = self.output(heads).add_(x_TE)
+        return self.mlp(self.mlp_norm(x_TE)).add_(x_TE)
+
+
+class Decoder:
+    """A loaded model; see `common.models.registry.CausalLM`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        context_length: int,
+        load_layer: Callable[[Weights, int], DecoderLayer],
+    ) -> None:
+        """`load_layer` makes the layer of a number.
+
+        Raises:
+            MeshError: BAD_CHECKPOINT.
+        """
+        hidden, vocabulary = config.hidden_size, config.vocab_size
+        self.embedding_VE = checkpoint.owned("model.embed_tokens.weight", vocabulary, hidden)
+        try:
+            self.rotary = Rotary(
+                config.rope, config.rotary_dim, config.max_position_embeddings, context_length, checkpoint.device
+            )
+        except ValueError as error:
+            raise bad_checkpoint(f"{checkpoint.folder / 'config.json'}: {error}") from None
+        weights = Weights(checkpoint, config.rms_norm_eps)
+        self.layers = [load_layer(weights, layer) for layer in range(config.num_hidden_layers)]
+        self.norm = weights.norm("model.norm", hidden)
+        tied = config.tie_word_embeddings
+        # Like the embedding, the head is never quantized.
+        self.head = make_linear(self.embedding_VE if tied else checkpoint.owned("lm_head.weight", vocabulary, hidden))
+
+    def __call__(
+        self,
+        token_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        plan: Plan,
+        wanted_S: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Logits `[S, V]` after the rows `wanted_S`; after all of them when it is None."""
+        x_TE = F.embedding(token_ids_T, self.embedding_VE)
+        cos_T1D, sin_T1D = self.rotary.tables(positions_T, x_TE.dtype)
+        for layer in self.layers[:-1]:
+            x_TE = layer(x_TE, cos_T1D, sin_T1D, plan, None)
+        x_SE = self.layers[-1](x_TE, cos_T1D, sin_T1D, plan, wanted_S)
+        return self.head(self.norm(x_SE))
