@@ -55,3 +55,7 @@ class Runner(Protocol):
         earlier, with the spans of that step that still matter. It computes one step at a time.
         """
         ...
+
+    def read_page(self, page: int) -> memoryview:
+        """The bytes of a page of its pool, for checksums; from any thread, without a copy where it can."""
+        ...

@@ -26,6 +26,9 @@ class EngineConfig:
     load_format: str = flag("auto", "How weights are read.", choices=("auto", "safetensors"))
     trust_remote_code: bool = flag(False, "Accepted for compatibility; code from a checkpoint is never run.")
     dtype: str = flag("auto", "Type of weights and activations; auto takes the checkpoint's.", choices=DTYPES)
+    quantization: str | None = flag(
+        None, "Quantize the weights of a checkpoint that is not quantized, block-wise.", choices=("fp8",)
+    )
     device: str = flag("auto", "Device to run on; auto takes CUDA where there is one.", choices=("auto", "cpu", "cuda"))
     base_gpu_id: int = flag(0, "First GPU of this worker.")
     context_length: int | None = flag(None, "Most tokens of prompt and output together (default: the model's).")
@@ -34,6 +37,12 @@ class EngineConfig:
     max_total_tokens: int | None = flag(None, "Tokens in the KV pool (default: what memory allows).")
     max_running_requests: int = flag(64, "Sequences that run at once.")
     chunked_prefill_size: int = flag(2048, "Most prompt tokens computed in one step.")
+    enable_mixed_chunk: bool = flag(
+        False, "Compute prompts and decode in the same step, in a unified worker; without it they take turns."
+    )
+    disable_radix_cache: bool = flag(
+        False, "Keep no prefixes for later prompts; for decode workers, --disaggregation-decode-enable-radix-cache."
+    )
     num_reserved_decode_tokens: int = flag(
         512, "Growth counted for each sequence before more work is taken, if it may generate that much."
     )

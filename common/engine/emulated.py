@@ -26,7 +26,7 @@ from common.engine.scheduler import Span
 from common.engine.uniform import uniform, uniforms
 from common.kvcache.allocator import PageAllocator
 from common.kvcache.layout import ELEMENT_BYTES, KvLayout
-from common.models.config import ModelConfig, read_config, read_eos_token_ids
+from common.models.config import ModelConfig, kv_layout, read_config, read_eos_token_ids
 from common.models.find import TEXT_FILES, find_checkpoint
 
 # A step that begins this soon after the last one's end counts from that end, or the process's own work between two
@@ -77,6 +77,10 @@ class EmulatedRunner:
         self._ended_at, self._ends_at = self._ends_at, None
         return self._sample([span.sequence for span in spans if span.sample])
 
+    def read_page(self, page: int) -> memoryview:
+        """Nothing: its pages have no memory."""
+        return memoryview(b"")
+
     def _sample(self, sequences: Seq[Sequence]) -> Sampled:
         if not sequences:
             return Sampled([], [], [])
@@ -112,7 +116,7 @@ class EmulatedRunner:
 def build_engine(
     config: EngineConfig,
     allocate: Callable[[int], memoryview] | None = None,
-    register: Callable[[int, int], None] | None = None,
+    register: Callable[[int, int, int | None], None] | None = None,
 ) -> Engine:
     """An emulated engine for the checkpoint's configuration; its weights need not be there.
 
@@ -129,7 +133,7 @@ def build_engine(
     runner = EmulatedRunner(config, model_config, times, model_path=str(folder), eos_token_ids=eos_token_ids)
     pages = num_pages(config, runner)
     if register is not None:
-        register(0, pages * runner.layout.page_bytes)
+        register(0, pages * runner.layout.page_bytes, None)
     return Engine(runner, PageAllocator(pages), config)
 
 
@@ -146,13 +150,7 @@ def layout_of(config: EngineConfig, model_config: ModelConfig) -> KvLayout:
     """The pages that a worker with this model would have."""
     stored = model_config.checkpoint_dtype
     dtype = config.dtype if config.dtype != "auto" else stored if stored in ELEMENT_BYTES else "float32"
-    return KvLayout(
-        dtype=str(dtype),
-        num_layers=model_config.num_hidden_layers,
-        num_kv_heads=model_config.kv_heads,
-        head_dim=model_config.head_size,
-        page_size=config.page_size,
-    )
+    return kv_layout(model_config, str(dtype), config.page_size)
 
 
 def fingerprint(config: EngineConfig, model_config: ModelConfig) -> str:

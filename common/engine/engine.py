@@ -9,13 +9,15 @@ from itertools import chain, count
 from common.engine.base import Runner, Sampled
 from common.engine.config import EngineConfig
 from common.engine.messages import Ledger, Load, SequenceFailed, TokenLogprobs, Tokens
+from common.engine.pages import SequencePages
 from common.engine.request import Sequence, Status
 from common.engine.reserve import Reserve
 from common.engine.scheduler import Limits, Plan, Queue, enqueue, schedule
 from common.errors.base import MeshError, Reason
 from common.kvcache.allocator import PageAllocator
-from common.kvcache.audit import Claim, expand
+from common.kvcache.audit import Claim
 from common.kvcache.ledger import PageState
+from common.kvcache.radix import RadixCache
 from common.mesh.credit import Credit, most_pages, promised_pages
 from common.obs.log import get_logger
 
@@ -55,10 +57,11 @@ class Engine:
 
     A sequence takes one of three ways: `add` (both phases here), `add` with `prefill_only` (ends held, until
     `release`), or `adopt` (its prompt was computed elsewhere). It ends with `Tokens` that say how, with
-    `SequenceFailed`, or by `abort`; its pages are free then, unless it is held. One that was adopted may also be
-    retracted, see `StepResult`; others are retracted and resumed within.
+    `SequenceFailed`, or by `abort`; its pages are free or cached then, unless it is held. One that was adopted may
+    also be retracted, see `StepResult`; others are retracted and resumed within.
 
     Attributes:
+        pages: The pages of its sequences, and the prefix cache.
         limit_pages: The high-water mark: pages that may be promised.
         reserve: Growth that is counted for each sequence.
         retracted: Sequences that had to give their pages back so far.
@@ -67,13 +70,18 @@ class Engine:
     def __init__(self, runner: Runner, allocator: PageAllocator, config: EngineConfig) -> None:
         self.runner = runner
         self.allocator = allocator
-        self.limits = Limits(config.max_running_requests, config.chunked_prefill_size, runner.layout.page_size)
+        page_size = runner.layout.page_size
+        cache = None if config.disable_radix_cache else RadixCache(allocator, page_size)
+        self.pages = SequencePages(allocator, cache, page_size)
+        self.limits = Limits(
+            config.max_running_requests, config.chunked_prefill_size, page_size, config.enable_mixed_chunk
+        )
         self.queue = Queue()
         self._sequences: dict[int, Sequence] = {}
         self._arrivals = count()
         self._under_way: Plan | None = None
         self.limit_pages = max(1, int(allocator.num_pages * config.decode_prealloc_high_water))
-        self.reserve = Reserve(config.num_reserved_decode_tokens, runner.layout.page_size)
+        self.reserve = Reserve(config.num_reserved_decode_tokens, page_size)
         self.retracted = 0
 
     @property
@@ -99,10 +107,10 @@ class Engine:
         )
 
     def promised_pages(self) -> int:
-        """Pages that running and waiting sequences have or may soon grow into."""
+        """Pages that running and waiting sequences have or may soon grow into; what they share counts once."""
         reserved, page_size = self.reserve.tokens, self.limits.page_size
-        return sum(
-            promised_pages(sequence.num_tokens, sequence.remaining, reserved, page_size)
+        return self.pages.num_shared + sum(
+            promised_pages(sequence.num_tokens, sequence.remaining, reserved, page_size) - sequence.shared
             for sequence in chain(self.queue.running, self.queue.waiting)
         )
 
@@ -118,11 +126,11 @@ class Engine:
         )
 
     def claims(self) -> Iterator[Claim]:
-        """What the free list and the sequences say they have."""
-        yield Claim("the free list", PageState.FREE, expand(self.allocator.free_extents()))
+        """What the free list, the prefix cache and the sequences say they have."""
+        yield from self.pages.claims()
         for sequence in self._sequences.values():
             state = PageState.QUARANTINED if sequence.quarantined else PageState.IN_USE
-            yield Claim(f"sequence {sequence.sequence_id} ({sequence.request_id})", state, sequence.pages)
+            yield Claim(f"sequence {sequence.sequence_id} ({sequence.request_id})", state, self.pages.own(sequence))
 
     def find(self, sequence_id: int) -> Sequence | None:
         """A sequence that has not ended, or is held."""
@@ -133,7 +141,7 @@ class Engine:
         if self.queue.waiting:
             return 0
         growing = sum(not sequence.prefill_only for sequence in self.queue.running)
-        return max(0, self.allocator.num_free - growing)
+        return max(0, self.pages.num_available - growing)
 
     # ------------------------------------------------------------------------------- sequences come and go
 
@@ -144,9 +152,10 @@ class Engine:
         enqueue(self.queue.waiting, sequence)
 
     def adopt(self, sequence: Sequence, first: Tokens) -> Tokens:
-        """Go on with a sequence whose tokens another worker computed and whose pages are RESERVED here.
+        """Go on with a sequence whose tokens another worker computed and whose own pages are RESERVED here.
 
-        `sequence.pages` hold the KV of the prompt and of `output_ids`, which an earlier attempt had. `first` is what
+        `sequence.pages` hold the KV of the prompt and of `output_ids`, which an earlier attempt had; the first
+        `shared` of them are cached, and `prefix` is locked for them. `first` is what
         prefill sampled (`Progress.first`). Returns it as this sequence's next tokens; if they finish it, it has ended
         and its pages are free.
 
@@ -154,10 +163,11 @@ class Engine:
             MeshError: As for `add`; the pages stay reserved.
         """
         self.check(sequence)
-        self.allocator.move(sequence.pages, PageState.RESERVED, PageState.IN_USE)
+        self.allocator.move(self.pages.own(sequence), PageState.RESERVED, PageState.IN_USE)
         self._register(sequence)
         sequence.adopted = True
         sequence.computed = sequence.num_tokens
+        self.pages.publish(sequence)
         sequence.cached_tokens = first.cached_tokens
         sequence.status = Status.RUNNING
         enqueue(self.queue.running, sequence)
@@ -186,10 +196,10 @@ class Engine:
             raise MeshError(Reason.OVERLOADED, message)
 
     def abort(self, sequence_id: int, *, quarantine: bool = False) -> bool:
-        """Stop a sequence at once and free its pages. False if there is none of that id.
+        """Stop a sequence at once and give back its pages. False if there is none of that id.
 
-        With `quarantine` its pages are quarantined and it is held until `release`: for a hand-over whose writes
-        may still read them.
+        With `quarantine` its own pages are quarantined, cached ones stay locked, and it is held until `release`: for
+        a hand-over whose writes may still read them.
         """
         sequence = self._sequences.get(sequence_id)
         if sequence is None:
@@ -203,7 +213,7 @@ class Engine:
         return True
 
     def release(self, sequence_id: int) -> None:
-        """Free the pages of a held sequence. Raises `KeyError` if none of that id is held."""
+        """Give back the pages of a held sequence. Raises `KeyError` if none of that id is held."""
         sequence = self._sequences[sequence_id]
         if sequence.status is not Status.HELD:
             raise KeyError(f"sequence {sequence_id} is {sequence.status.value}, not held")
@@ -216,7 +226,7 @@ class Engine:
         if plan := self._under_way:  # some of its sequences may have ended meanwhile
             plan.spans = [span for span in plan.spans if span.sequence.status is Status.RUNNING]
         else:
-            plan = schedule(self.queue, self.allocator, self.limits)
+            plan = schedule(self.queue, self.pages, self.limits)
             self.retracted += len(plan.retracted)
             self.reserve.stepped(len(plan.retracted))
         left = self._dismiss(plan)
@@ -239,11 +249,14 @@ class Engine:
     def _hand_out(self, plan: Plan, sampled: Sampled) -> StepResult:
         result = StepResult(scheduled=True)
         sampling = [span.sequence for span in plan.spans if span.sample]
-        for span in plan.spans:
-            span.sequence.computed = span.stop
-            if span.sequence.prefill_only and not span.sample:
-                result.progress.append(Progress(span.sequence, span.stop))
         broken = {id(sampling[row]) for row in sampled.broken}
+        for span in plan.spans:
+            sequence = span.sequence
+            sequence.computed = span.stop
+            if id(sequence) not in broken and (sequence.prefill_only or span.stop - span.start > 1):
+                self.pages.publish(sequence)  # generated tokens are at the sequence's end
+            if sequence.prefill_only and not span.sample:
+                result.progress.append(Progress(sequence, span.stop))
         for sequence, token, logprobs in zip(sampling, sampled.token_ids, sampled.logprobs, strict=True):
             if id(sequence) in broken:
                 result.failures.append(self._fail(sequence, "the model computed logits that are not finite"))
@@ -291,6 +304,7 @@ class Engine:
     def _fail(self, sequence: Sequence, message: str) -> SequenceFailed:
         """End a sequence; pages that a hand-over may be reading are quarantined until `release`."""
         self._leave_queue(sequence)
+        sequence.doubtful = True
         if sequence.prefill_only:
             self._quarantine(sequence)
         else:
@@ -318,12 +332,9 @@ class Engine:
         """Hold a sequence that failed; quarantining twice does nothing."""
         sequence.status = Status.HELD
         if not sequence.quarantined:
-            self.allocator.move(sequence.pages, PageState.IN_USE, PageState.QUARANTINED)
-            sequence.quarantined = True
+            self.pages.quarantine(sequence)
 
     def _end(self, sequence: Sequence) -> None:
-        state = PageState.QUARANTINED if sequence.quarantined else PageState.IN_USE
-        self.allocator.free(sequence.pages, state)
-        sequence.pages = []
+        self.pages.give_back(sequence)
         sequence.status = Status.ENDED
         del self._sequences[sequence.sequence_id]

@@ -72,11 +72,24 @@ class Ledger(msgspec.Struct, frozen=True, array_like=True):
     quarantined: int = 0
 
 
+class Arrivals(msgspec.Struct, frozen=True, array_like=True):
+    """What decode found in what arrived, since its start.
+
+    `stale_notices` are completions of hand-overs that it does not wait for, or not any more: they were dropped.
+    `pages_verified` were compared with their checksums, and `checksum_mismatches` are the rooms that failed by it.
+    """
+
+    stale_notices: int = 0
+    pages_verified: int = 0
+    checksum_mismatches: int = 0
+
+
 class Load(msgspec.Struct, frozen=True, array_like=True):
     """Load of a rank at the end of a step. `waiting` counts what waits in the hand-over, too.
 
     `credit` is absent where nothing is promised (prefill); `last_start` is the highest sequence id that it
-    reflects. `retracted` counts the sequences that had to give their pages back since the start.
+    reflects. `retracted` counts the sequences that had to give their pages back since the start; `arrivals` is absent
+    where nothing arrives.
     """
 
     running: int
@@ -86,3 +99,4 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     credit: Credit | None = None
     last_start: int = 0
     retracted: int = 0
+    arrivals: Arrivals | None = None

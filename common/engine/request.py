@@ -7,6 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from common.engine.messages import Sampling
+from common.kvcache.radix import Node
 
 if TYPE_CHECKING:  # so that scheduling needs no torch
     from common.engine.penalties import TokenCounts
@@ -33,9 +34,14 @@ class Sequence:
         adopted: The other side: another worker computed its prompt. When it must give its pages back, it leaves.
         output_ids: What was generated, by an earlier attempt elsewhere too.
         pages: Pages of KV cache in token order.
+        shared: How many of `pages`, from the first, belong to the prefix cache.
+        prefix: Where it stands in the prefix cache, which keeps the shared pages for it.
+        copies: Pages of its own that are no part of `pages` any more, kept because a hand-over may be reading them.
         computed: Tokens, from the first, whose KV is in `pages`.
+        cached_tokens: Tokens of the prompt that were found in a prefix cache.
         order: Place in the order of arrival, given by the engine.
-        quarantined: Its pages are, because a hand-over failed that may still read them.
+        quarantined: Its own pages are, because a hand-over failed that may still read them.
+        doubtful: A step with it failed: what its pages hold is not to be shared.
         stop_ids: Tokens that end it, given by the engine.
         masked_ids: Tokens that may not be chosen before `min_new_tokens`, given by the engine.
         counts: Token counts for penalties, kept by the sampler.
@@ -50,11 +56,15 @@ class Sequence:
     request_id: str = ""
     output_ids: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
+    shared: int = 0
+    prefix: Node | None = None
+    copies: list[int] = field(default_factory=list)
     computed: int = 0
     cached_tokens: int = 0
     order: int = -1
     status: Status = Status.WAITING
     quarantined: bool = False
+    doubtful: bool = False
     stop_ids: frozenset[int] = frozenset()
     masked_ids: tuple[int, ...] = ()
     counts: TokenCounts | None = None

@@ -16,10 +16,14 @@ from common.engine.scheduler import Span
 from common.kvcache.layout import KvLayout
 from common.kvcache.pool import TORCH_DTYPE, KvPool
 from common.models.checkpoint import Checkpoint
-from common.models.config import ModelConfig, read_config, read_eos_token_ids
+from common.models.config import ModelConfig, kv_layout, read_config, read_eos_token_ids
 from common.models.find import find_checkpoint
+from common.models.fp8 import choose_fp8, why_dequantized
 from common.models.registry import CausalLM, find_loader
+from common.obs.log import get_logger
 from common.ops.attention.base import AttentionBackend, make_attention
+
+log = get_logger(__name__)
 
 
 class ModelRunner:
@@ -55,8 +59,9 @@ class ModelRunner:
         self.eos_token_ids = eos_token_ids
         self.device = device
         self.num_heads = model_config.num_attention_heads
-        self.scale = model_config.head_size**-0.5
+        self.scale = model_config.attention_scale
         self.attention: AttentionBackend | None = None
+        self.pool: KvPool | None = None
 
     @classmethod
     def load(cls, config: EngineConfig) -> ModelRunner:
@@ -74,16 +79,13 @@ class ModelRunner:
         load_model = find_loader(model_config)
         dtype = choose_dtype(config, model_config)
         context_length = choose_context(config, model_config.context_length)
-        with torch.inference_mode(), Checkpoint(folder, TORCH_DTYPE[dtype], device) as checkpoint:
+        quantization = choose_fp8(config.quantization, model_config)
+        if quantization:
+            log.info(f"FP8 weights are dequantized to {dtype}: {why_dequantized(device)}", stored=quantization.stored)
+        with torch.inference_mode(), Checkpoint(folder, TORCH_DTYPE[dtype], device, quantization) as checkpoint:
             model = load_model(model_config, checkpoint, context_length)
             fingerprint = checkpoint.fingerprint(model_config)
-        layout = KvLayout(
-            dtype=dtype,
-            num_layers=model_config.num_hidden_layers,
-            num_kv_heads=model_config.kv_heads,
-            head_dim=model_config.head_size,
-            page_size=config.page_size,
-        )
+        layout = kv_layout(model_config, dtype, config.page_size)
         eos_token_ids = read_eos_token_ids(folder, model_config)
         return cls(model, model_config, layout, context_length, str(folder), fingerprint, eos_token_ids, device)
 
@@ -92,10 +94,20 @@ class ModelRunner:
         if pool.layout != self.layout:
             raise ValueError(f"the pool's layout is {pool.layout}, the model's {self.layout}")
         self.attention = make_attention("torch", pool, self.num_heads, self.scale)
+        self.pool = pool
+
+    def read_page(self, page: int) -> memoryview:
+        """See `Runner.read_page`."""
+        if self.pool is None:
+            raise RuntimeError("read before attach_pool")
+        return self.pool.read_page(page)
 
     def step(self, spans: Sequence[Span]) -> Sampled:
         """Compute and sample; see `Runner.step`."""
-        return run_and_sample(self.run, spans)
+        sampled = run_and_sample(self.run, spans)
+        if self.device.type == "cuda":  # the pages may leave at once, by engines that know nothing of streams
+            torch.cuda.current_stream(self.device).synchronize()
+        return sampled
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> torch.Tensor:

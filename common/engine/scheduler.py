@@ -1,10 +1,11 @@
 """Decides what each step computes: plain functions over plain data, without a model.
 
-Every running sequence that decodes gets its one token. What is left of the step goes to prompts, oldest first,
-`chunk_tokens` of them at most. Waiting sequences are admitted in the order of arrival; when a decoding sequence
-needs a page and none is free, the youngest is retracted: its pages return, and later it computes its tokens
-anew. The oldest thus always advances, so nothing starves and nothing deadlocks. A sequence whose prompt came
-from another worker leaves when it is retracted: it starts anew where the router sends it, with the tokens it has.
+A step of decoding gives every running sequence that decodes its one token. A step of prompts computes `chunk_tokens`
+of them at most, oldest first. The two take turns, or share a step (`mixed`). Waiting sequences are admitted in the
+order of arrival; when a decoding sequence needs a page and none is to be had, the youngest is retracted: its pages
+return, and later it computes its tokens anew, but for those that the prefix cache has kept. The oldest thus always
+advances, so nothing starves and nothing deadlocks. A sequence whose prompt came from another worker leaves when it is
+retracted: it starts anew where the router sends it, with the tokens it has.
 """
 
 from __future__ import annotations
@@ -12,25 +13,27 @@ from __future__ import annotations
 from bisect import insort
 from dataclasses import dataclass, field
 
+from common.engine.pages import SequencePages
 from common.engine.request import Sequence, Status
-from common.kvcache.allocator import PageAllocator
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of a step."""
+    """Bounds of a step, and whether prompts and decoding share one."""
 
     max_running: int
     chunk_tokens: int
     page_size: int
+    mixed: bool = False
 
 
 @dataclass(slots=True)
 class Queue:
-    """Sequences that have work, both lists in the order of arrival."""
+    """Sequences that have work, both lists in the order of arrival, and whose turn it is."""
 
     waiting: list[Sequence] = field(default_factory=list)
     running: list[Sequence] = field(default_factory=list)
+    prompts_next: bool = True
 
 
 @dataclass(slots=True)
@@ -51,43 +54,46 @@ class Plan:
     retracted: list[Sequence] = field(default_factory=list)
 
 
-def schedule(queue: Queue, allocator: PageAllocator, limits: Limits) -> Plan:
+def schedule(queue: Queue, pages: SequencePages, limits: Limits) -> Plan:
     """Plan the next step, allocating its pages. An empty plan means that nothing can run before pages return."""
     plan = Plan()
-    decode(queue, allocator, limits, plan)
-    budget = prefill(queue, limits, plan)
-    admit(queue, allocator, limits, plan, budget)
+    prompts = queue.prompts_next and not limits.mixed
+    turns = (compute_prompts, decode) if prompts else (decode, compute_prompts)
+    for turn in turns:
+        turn(queue, pages, limits, plan)
+        if plan.spans and not limits.mixed:
+            queue.prompts_next = turn is decode
+            break
     return plan
 
 
-def decode(queue: Queue, allocator: PageAllocator, limits: Limits, plan: Plan) -> None:
+def decode(queue: Queue, pages: SequencePages, limits: Limits, plan: Plan) -> None:
     """One token for every running sequence whose earlier tokens are all computed."""
     for sequence in list(queue.running):
         computed = sequence.computed
         if sequence.num_tokens - computed != 1 or sequence.status is not Status.RUNNING:
             continue
-        if len(sequence.pages) * limits.page_size > computed or grow(sequence, queue, allocator, plan):
+        if len(sequence.pages) * limits.page_size > computed or grow(sequence, queue, pages, plan):
             plan.spans.append(Span(sequence, computed, computed + 1, True))
 
 
-def grow(sequence: Sequence, queue: Queue, allocator: PageAllocator, plan: Plan) -> bool:
+def grow(sequence: Sequence, queue: Queue, pages: SequencePages, plan: Plan) -> bool:
     """Give a sequence one more page, taken from younger ones if need be. False if it had to yield itself."""
-    while not allocator.num_free:
+    while not pages.num_available:
         # Pages of a hand-over are being read and cannot be taken; such a sequence never grows.
         youngest = next(other for other in reversed(queue.running) if not other.prefill_only)
-        retract(youngest, queue, allocator)
+        retract(youngest, queue, pages)
         plan.retracted.append(youngest)
         if youngest is sequence:
             return False
-    sequence.pages += allocator.allocate(1, after=sequence.pages[-1])
+    pages.grow(sequence)
     return True
 
 
-def retract(sequence: Sequence, queue: Queue, allocator: PageAllocator) -> None:
+def retract(sequence: Sequence, queue: Queue, pages: SequencePages) -> None:
     """Put a running sequence back where it waits, without pages; an adopted one has no place here any more."""
     queue.running.remove(sequence)
-    allocator.free(sequence.pages)
-    sequence.pages = []
+    pages.give_back(sequence)
     sequence.computed = 0
     if sequence.adopted:
         sequence.status = Status.ENDED
@@ -101,13 +107,13 @@ def enqueue(sequences: list[Sequence], sequence: Sequence) -> None:
     insort(sequences, sequence, key=lambda other: other.order)
 
 
-def prefill(queue: Queue, limits: Limits, plan: Plan) -> int:
-    """The next chunk of every running prompt, while the budget lasts. Returns what is left of the budget."""
+def compute_prompts(queue: Queue, pages: SequencePages, limits: Limits, plan: Plan) -> None:
+    """The next chunk of every running prompt, while the budget lasts; what is left of it is for those that wait."""
     budget = limits.chunk_tokens
     for sequence in queue.running:
         if budget and sequence.num_tokens - sequence.computed > 1:
             budget -= take(sequence, budget, plan)
-    return budget
+    admit(queue, pages, limits, plan, budget)
 
 
 def take(sequence: Sequence, budget: int, plan: Plan) -> int:
@@ -118,19 +124,18 @@ def take(sequence: Sequence, budget: int, plan: Plan) -> int:
     return stop - start
 
 
-def admit(queue: Queue, allocator: PageAllocator, limits: Limits, plan: Plan, budget: int) -> None:
+def admit(queue: Queue, pages: SequencePages, limits: Limits, plan: Plan, budget: int) -> None:
     """Start waiting sequences in order, while there is budget, and pages for all their tokens.
 
-    A page for each sequence that may grow stays free, or the newcomer would soon be retracted.
+    A page for each sequence that may grow stays available, or the newcomer would soon be retracted.
     """
     growing = sum(not sequence.prefill_only for sequence in queue.running)
     while queue.waiting and budget and len(queue.running) < limits.max_running:
         sequence = queue.waiting[0]
-        needed = -(-sequence.num_tokens // limits.page_size)
-        if allocator.num_free - needed < growing:
+        prefix = pages.find(sequence)
+        if pages.awaited(sequence, prefix, queue.running) or not pages.start(sequence, prefix, leave=growing):
             return
         del queue.waiting[0]
-        sequence.pages = allocator.allocate(needed)
         sequence.status = Status.RUNNING
         enqueue(queue.running, sequence)
         growing += not sequence.prefill_only

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from common.kvcache.extents import Extent, to_extents
 from common.kvcache.ledger import PageLedger, PageState
 
 
 class OutOfPages(Exception):
-    """Fewer pages are free than were asked for; nothing was allocated."""
+    """Fewer pages are available than were asked for; nothing was allocated."""
+
+
+class Reclaimable(Protocol):
+    """Holds pages that it can give up."""
+
+    evictable: int
+
+    def evict(self, count: int) -> None:
+        """Free at least `count` pages, which are `evictable`."""
+        ...
 
 
 class PageAllocator:
     """Best fit over the free extents, which merge as pages return.
 
-    Long runs matter because consecutive pages move as one piece in a hand-over. Not thread-safe: one rank's
-    loop owns it.
+    Long runs matter because consecutive pages move as one piece in a hand-over. A cache may keep pages until they
+    are wanted: they count as available, and are evicted when too few are free. Not thread-safe: one rank's loop owns
+    it.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -25,6 +37,7 @@ class PageAllocator:
         self._by_size: list[tuple[int, int]] = []  # (page count, first page), sorted
         self._count_at: dict[int, int] = {}  # first page -> page count
         self._first_before: dict[int, int] = {}  # page after the extent's last -> first page
+        self._cache: Reclaimable | None = None
         self._insert(0, num_pages)
 
     @property
@@ -34,21 +47,32 @@ class PageAllocator:
 
     @property
     def num_free(self) -> int:
-        """Pages that `allocate` can give."""
+        """Pages that nobody has."""
         return self.ledger.count(PageState.FREE)
 
+    @property
+    def num_available(self) -> int:
+        """Pages that `allocate` can give: those that are free, and those that a cache can give up."""
+        return self.num_free + (self._cache.evictable if self._cache else 0)
+
+    def reclaim_from(self, cache: Reclaimable) -> None:
+        """Evict from `cache` when too few pages are free."""
+        self._cache = cache
+
     def free_extents(self) -> Iterable[Extent]:
-        """The pages that `allocate` can give, by its own account."""
+        """The pages that nobody has, by its own account."""
         return self._count_at.items()
 
     def allocate(self, count: int, state: PageState = PageState.IN_USE, *, after: int | None = None) -> list[int]:
         """`count` pages, now in `state`; the run that follows page `after` is taken first, if it is free.
 
         Raises:
-            OutOfPages: Fewer than `count` pages are free.
+            OutOfPages: Fewer than `count` pages are available.
         """
-        if count > self.num_free:
-            raise OutOfPages(f"{count} pages wanted, {self.num_free} free")
+        if count > self.num_available:
+            raise OutOfPages(f"{count} pages wanted, {self.num_available} available")
+        if self._cache and count > self.num_free:
+            self._cache.evict(count - self.num_free)
         pages: list[int] = []
         if after is not None and (extent := self._count_at.get(after + 1)):
             pages += self._take(after + 1, min(extent, count))

@@ -23,7 +23,7 @@ class KvPool:
     Attributes:
         layout: Shape of one page.
         num_pages: Number of pages.
-        tensor: `[num_pages, num_layers, 2, num_kv_heads, page_size, head_dim]`, contiguous.
+        tensor: `[num_pages, num_layers, planes, num_kv_heads, page_size, head_dim]`, contiguous.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class KvPool:
         self.layout = layout
         self.num_pages = num_pages
         device = torch.device(device)
-        shape = (num_pages, layout.num_layers, 2, layout.num_kv_heads, layout.page_size, layout.head_dim)
+        shape = (num_pages, layout.num_layers, layout.planes, layout.num_kv_heads, layout.page_size, layout.head_dim)
         dtype = TORCH_DTYPE[layout.dtype]
         if buffer is not None and device.type != "cpu":
             raise ValueError(f"a host buffer cannot hold a pool on {device}")
@@ -66,6 +66,10 @@ class KvPool:
     def address(self) -> int:
         """Address of page 0."""
         return self.tensor.data_ptr()
+
+    def read_page(self, page: int) -> memoryview:
+        """The bytes of a page: the pool's own memory on CPU, a copy of a device's. May be called from any thread."""
+        return self.tensor[page].reshape(-1).view(torch.uint8).cpu().numpy().data
 
 
 def allocate_host(nbytes: int) -> memoryview:

@@ -157,7 +157,8 @@ def test_prefill_tells_every_chunk_and_then_holds_its_pages() -> None:
     assert first.token_ids == greedy(made.prompt_ids, 1)
     assert len(first.logprobs) == 1
     assert made.status is Status.HELD
-    assert engine.allocator.ledger.count(PageState.IN_USE) == 5
+    pages = engine.load().ledger
+    assert (pages.in_use, pages.cached) == (1, 4), "the full ones are the prefix cache's"
     engine.release(3)
     assert at_rest(engine)
 
@@ -238,7 +239,8 @@ def test_an_aborted_hand_over_is_quarantined_until_it_is_released() -> None:
     assert engine.abort(1, quarantine=True)
     assert engine.abort(1, quarantine=True)
     assert not engine.has_work
-    assert engine.load().ledger.quarantined == 8
+    assert engine.load().ledger.quarantined == 6
+    assert engine.allocator.num_available == 64 - 8, "what its writes may still read is not evicted"
     engine.release(1)
     assert at_rest(engine)
 
@@ -270,9 +272,10 @@ def test_pages_of_a_failed_hand_over_are_quarantined() -> None:
     engine.add(sequence(1, prompt(1, 30), prefill_only=True))
     engine.step()
     assert [failure.sequence_id for failure in engine.step().failures] == [1]
-    assert engine.load().ledger.quarantined == 8
+    assert engine.load().ledger.quarantined == 6
     engine.release(1)
     assert at_rest(engine)
+    assert engine.load().ledger.cached == 0, "nothing of it is shared"
 
 
 def test_logits_that_are_not_finite_fail_one_sequence() -> None:
@@ -312,7 +315,7 @@ def test_load_counts_sequences_and_pages() -> None:
     engine.step()
     load = engine.load()
     assert (load.running, load.waiting, load.waiting_tokens) == (1, 1, 5)
-    assert (load.ledger.free, load.ledger.in_use) == (8, 2)
+    assert (load.ledger.free, load.ledger.cached) == (8, 2)
 
 
 def test_log_probabilities_come_with_their_tokens() -> None:

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from common.engine.messages import Sampling
+from common.engine.pages import SequencePages
 from common.engine.request import Sequence, Status
 from common.engine.scheduler import Limits, Plan, Queue, enqueue, schedule
 from common.kvcache.allocator import PageAllocator
@@ -19,10 +20,13 @@ PAGE = 4
 class Bench:
     """A queue and a pool, and a step that pretends to compute what was planned."""
 
-    def __init__(self, num_pages: int = 100, max_running: int = 8, chunk_tokens: int = 16) -> None:
+    def __init__(
+        self, num_pages: int = 100, max_running: int = 8, chunk_tokens: int = 16, *, mixed: bool = True
+    ) -> None:
         self.queue = Queue()
         self.allocator = PageAllocator(num_pages)
-        self.limits = Limits(max_running, chunk_tokens, PAGE)
+        self.pages = SequencePages(self.allocator, None, PAGE)
+        self.limits = Limits(max_running, chunk_tokens, PAGE, mixed)
         self.arrivals = 0
 
     def add(self, prompt_len: int, max_new_tokens: int = 100, *, prefill_only: bool = False) -> Sequence:
@@ -34,7 +38,7 @@ class Bench:
         return sequence
 
     def step(self) -> Plan:
-        plan = schedule(self.queue, self.allocator, self.limits)
+        plan = schedule(self.queue, self.pages, self.limits)
         for span in plan.spans:
             sequence = span.sequence
             assert sequence.computed == span.start < span.stop <= len(sequence.pages) * PAGE
@@ -198,3 +202,19 @@ def test_an_adopted_sequence_leaves_when_it_is_retracted() -> None:
     assert retracted == [young]
     assert (young.status, young.pages) == (Status.ENDED, [])
     assert (bench.queue.running, bench.queue.waiting) == ([old], [])
+
+
+def test_without_mixing_prompts_and_decoding_take_turns() -> None:
+    bench = Bench(chunk_tokens=16, mixed=False)
+    bench.add(3)
+    assert bench.spans() == [(0, 0, 3, True)]
+    bench.add(40)
+    bench.add(3)
+    assert bench.spans() == [(0, 3, 4, True)]
+    assert bench.spans() == [(1, 0, 16, False)]
+    assert bench.spans() == [(0, 4, 5, True)]
+    assert bench.spans() == [(1, 16, 32, False)]
+    assert bench.spans() == [(0, 5, 6, True)]
+    assert bench.spans() == [(1, 32, 40, True), (2, 0, 3, True)]
+    for position in (6, 7):
+        assert bench.spans()[0] == (0, position, position + 1, True), "nobody's turn is skipped for nothing"
