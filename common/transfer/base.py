@@ -21,8 +21,8 @@ Promises that every backend keeps (tests/contract/test_transfer.py):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType, Protocol
 
@@ -53,12 +53,19 @@ PeerId = NewType("PeerId", int)
 
 @dataclass(frozen=True)
 class Completion:
-    """The end of one submitted transfer; `seconds` is the time from submission."""
+    """The end of one submitted transfer.
+
+    `seconds` is the time from submission, of which `queued_s` passed before its first byte was given to the engine;
+    `nbytes` and `descriptors` are what was submitted: bytes, and the pieces that they come in.
+    """
 
     handle: Handle
     state: HandleState
     error: str = ""
     seconds: float = 0.0
+    queued_s: float = 0.0
+    nbytes: int = 0
+    descriptors: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,18 +75,26 @@ class Capabilities:
     same_host_only: bool
     native_notify: bool
     moves_bytes: bool = True
+    device_memory: bool = False  # whether the pool may be a GPU's
 
 
 @dataclass(frozen=True)
 class TransferConfig:
     """Settings of a rank's transfer endpoint. `host` is the address that peers reach.
 
-    `latency_s` and `bytes_per_s` (0: no limit) are how long the emulated backend takes.
+    The endpoint listens on `listen` where that is another address. Mooncake's engines are reached by `mooncake_host`
+    instead, if it is set, and `mooncake_protocol` (tcp or rdma) is theirs. `latency_s` and `bytes_per_s` (0: no
+    limit) are how long the emulated backend takes.
     """
 
     host: str = "127.0.0.1"
-    ib_device: str | None = None
+    listen: str = ""
+    ib_devices: tuple[str, ...] = ()
     threads: int = 1
+    mooncake_host: str = ""
+    mooncake_protocol: str = ""
+    nixl_backend: str = "UCX"
+    nixl_params: Mapping[str, str] = field(default_factory=dict)
     latency_s: float = 0.0
     bytes_per_s: float = 0.0
 
@@ -94,8 +109,12 @@ class TransferBackend(Protocol):
         """Allocate and register the pool: zeroed, 2 MiB aligned host memory. Once, before anything else."""
         ...
 
-    def register(self, address: int, nbytes: int) -> None:
-        """Register memory that the caller owns (a CUDA pool) as the pool, instead of `allocate`."""
+    def register(self, address: int, nbytes: int, gpu: int | None = None) -> None:
+        """Register memory that the caller owns as the pool, instead of `allocate`: host memory, or that of CUDA
+        device `gpu`, as it is. What the caller wrote there is finished before it submits: engines know no streams.
+
+        Raises `TransferError` for a device's memory where `capabilities.device_memory` is false.
+        """
         ...
 
     def export(self) -> bytes:

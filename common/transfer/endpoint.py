@@ -61,10 +61,11 @@ class Descriptor(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True)
 class Pool:
-    """This process's memory that takes part in transfers."""
+    """This process's memory that takes part in transfers: the host's, or that of CUDA device `gpu`."""
 
     address: int
     nbytes: int
+    gpu: int | None = None
 
 
 @dataclass(eq=False)
@@ -107,12 +108,15 @@ class Endpoint(ABC):
         self._begin(Pool(address_of(view), nbytes))
         return view
 
-    def register(self, address: int, nbytes: int) -> None:
-        self._begin(Pool(address, nbytes))
+    def register(self, address: int, nbytes: int, gpu: int | None = None) -> None:
+        if gpu is not None and not self.capabilities.device_memory:
+            raise TransferError(f"the {self.name} transfer backend moves host memory, and this pool is on GPU {gpu}")
+        self._begin(Pool(address, nbytes, gpu))
 
     def export(self) -> bytes:
         pool, channel = self._begun()
-        return Descriptor(self.name, self.incarnation, channel.address, pool.nbytes, self._engine_info()).encode()
+        address = self._announced(channel.address)
+        return Descriptor(self.name, self.incarnation, address, pool.nbytes, self._engine_info()).encode()
 
     def _begin(self, pool: Pool) -> None:
         if self._closed or self._pool is not None:
@@ -294,7 +298,11 @@ class Endpoint(ABC):
 
     def _control_address(self) -> Address:
         """Where the control channel listens; port 0 picks one."""
-        return (self.config.host, 0)
+        return (self.config.listen or self.config.host, 0)
+
+    def _announced(self, address: Address) -> Address:
+        """Where peers reach the control channel that listens on `address`."""
+        return address if isinstance(address, str) else (self.config.host, address[1])
 
     def _shared_fds(self) -> Sequence[int]:
         """Descriptors that every peer is handed."""

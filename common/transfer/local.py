@@ -9,6 +9,9 @@ Fencing: a mapping cannot be revoked, so a writer is fenced off when its process
 connection after unmapping the pool. A stopped process keeps its connection and its mapping: its pages stay in
 quarantine until it is let go on, or killed. Nothing is on its way once the process has ended.
 
+The pool is host memory: no other process can map a GPU's this way, so that one is refused, with a reason. For models
+on GPUs take `nixl`, which on one host copies from GPU to GPU by itself, or `mooncake`.
+
 A write needs nothing of the peer's process: into a stopped one it succeeds, and into the pool of one that died
 it is harmless. `disconnect` waits for the copy under way, at most 16 MiB a thread; after it nothing is written.
 """

@@ -12,8 +12,10 @@ which 2 s are given. A writer whose host does not answer counts as gone after 12
 
 Over TCP Mooncake listens on all interfaces, unauthenticated, and has no setting that says otherwise
 (MC_TCP_BIND_ADDRESS chooses the announced address only, and not in the peer-to-peer handshake used here).
-Where `host` is a loopback address, the listeners are therefore bound to the loopback device after they are
+Where its host is a loopback address, the listeners are therefore bound to the loopback device after they are
 opened; elsewhere, keep its ports (MC_MIN_PRC_PORT to MC_MAX_PRC_PORT) inside a trusted network.
+
+A pool on a GPU is registered as it is; that takes Mooncake's build with CUDA.
 
 These variables have defaults of ours unless the user set them: MC_LOG_LEVEL, MC_TRANSFER_TIMEOUT,
 MC_TCP_PROGRESS_TIMEOUT_SEC (both in seconds), and MC_FORCE_TCP, which is set where there is no RDMA device.
@@ -25,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import importlib.metadata
 import logging
 import os
 import socket
@@ -32,11 +35,11 @@ import struct
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from common.config.transfer import PEER_TO_PEER, rdma_devices
 from common.transfer.base import Capabilities, TransferBackend, TransferConfig, TransferError, Wake
 from common.transfer.channel import Link, is_loopback
 from common.transfer.dispatcher import GiveUp, Writer
@@ -51,7 +54,7 @@ _ENVIRONMENT = {
     "MC_TRANSFER_TIMEOUT": "10",
     "MC_TCP_PROGRESS_TIMEOUT_SEC": "5",
 }
-_RDMA_DEVICES = Path("/sys/class/infiniband")
+_WITHOUT_CUDA = "mooncake-transfer-engine-non-cuda"
 _BATCH_PIECES = 1024  # Mooncake refuses more than 1,024 queued and 1,024 waiting pieces a peer
 _BATCH_BYTES = 32 << 20
 _ACCEPT_POLL = struct.pack("ll", 0, 100_000)  # a timeval: 0.1 s
@@ -78,7 +81,7 @@ def load() -> Any:
 
 
 def create(config: TransferConfig, wake: Wake) -> TransferBackend:
-    """An endpoint. Raises `TransferError` if Mooncake does not load or `config.ib_device` is not there."""
+    """An endpoint. Raises `TransferError` if Mooncake does not load or a device is not there."""
     return MooncakeEndpoint(config, wake, load())
 
 
@@ -95,17 +98,21 @@ class MooncakeEndpoint(Endpoint):
     """Endpoint of the mooncake backend."""
 
     name = "mooncake"
-    capabilities = Capabilities(same_host_only=False, native_notify=True)
+    capabilities = Capabilities(same_host_only=False, native_notify=True, device_memory=True)
     settle_s = 2.0
 
     def __init__(self, config: TransferConfig, wake: Wake, engine_class: Any) -> None:
         super().__init__(config, wake)
         self._class = engine_class
-        self._protocol = _protocol(config.ib_device)
+        self._protocol = _protocol(config)
         self._target: _Engine | None = None
         self._pool_address = 0
 
     def _start_engine(self, pool: Pool) -> None:
+        if pool.gpu is not None and _without_cuda():
+            raise TransferError(
+                f"this Mooncake has no CUDA, and the pool is on GPU {pool.gpu}; install [mooncake-cuda]"
+            )
         self._target = _Engine(self._class, self.config, self._protocol, pool)
         self._pool_address = pool.address
 
@@ -128,11 +135,11 @@ class _Engine:
     """A running TransferEngine with the pool registered."""
 
     def __init__(self, engine_class: Any, config: TransferConfig, protocol: str, pool: Pool) -> None:
-        host = config.host
+        host = config.mooncake_host or config.host
         with _starting:  # the listeners of two engines must not be mixed up
             before = {inode for _, inode in _listeners()}
             self.raw: Any = engine_class()
-            code = self.raw.initialize(host, "P2PHANDSHAKE", protocol, config.ib_device or "")
+            code = self.raw.initialize(host, PEER_TO_PEER, protocol, ",".join(config.ib_devices))
             if code != 0:
                 raise TransferError(f"Mooncake does not start on {host} by {protocol} (code {code})")
             for listener, inode in _listeners():
@@ -170,17 +177,27 @@ class _MooncakeWriter:
         self._engine.close()
 
 
-def _protocol(ib_device: str | None) -> str:
+def _protocol(config: TransferConfig) -> str:
     """ "rdma" or "tcp". Raises `TransferError` for a device that this host does not have."""
-    devices = sorted(path.name for path in _RDMA_DEVICES.iterdir()) if _RDMA_DEVICES.is_dir() else []
-    missing = set(filter(None, (ib_device or "").split(","))) - set(devices)
-    if missing:
-        there = ", ".join(devices) or "none"
-        raise TransferError(f"there is no RDMA device {', '.join(sorted(missing))} on this host; there is {there}")
-    if ib_device or (devices and "MC_FORCE_TCP" not in os.environ):
-        return "rdma"
+    devices, wanted = rdma_devices(), config.mooncake_protocol
+    if wanted != "tcp":
+        missing = set(config.ib_devices) - set(devices)
+        if missing or (wanted and not devices):
+            lacking = ", ".join(sorted(missing)) or "at all"
+            raise TransferError(f"no RDMA device {lacking} on this host; there is {', '.join(devices) or 'none'}")
+        if wanted or config.ib_devices or (devices and "MC_FORCE_TCP" not in os.environ):
+            return "rdma"
     os.environ["MC_FORCE_TCP"] = "1"
     return "tcp"
+
+
+def _without_cuda() -> bool:
+    """Whether the build without CUDA is installed. It takes a device's address for one of the host's, and dies."""
+    try:
+        importlib.metadata.distribution(_WITHOUT_CUDA)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _listeners() -> Iterator[tuple[socket.socket, int]]:

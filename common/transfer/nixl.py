@@ -14,9 +14,11 @@ lands when the peer polls again. With RDMA, each agent registers the pool anew.
 Fencing: as with Mooncake, a writer is fenced off when its process has ended, and 2 s later: what UCX has received
 over TCP or shared memory lands when this side polls, which is every 0.5 s at least.
 
-The pool is host memory. UCX_NET_DEVICES is set to `lo` where `host` is a loopback address, and the log levels
-are lowered, unless the user set them; UCX_TLS is the user's. The agent's name is its endpoint's incarnation, so
-a restarted peer is never taken for its predecessor. UCX keeps one thread of its own while agents exist.
+A pool on a GPU is registered as VRAM of its device, as it is. Agents use NIXL's plugin UCX, unless another that moves
+memory between processes is configured; what is said here of UCX is then to be found out for that one. UCX_NET_DEVICES
+is set to every port of the configured RDMA devices, or to `lo` where `host` is a loopback address, and the log levels
+are lowered, unless the user set them; UCX_TLS is the user's. The agent's name is its endpoint's incarnation, so a
+restarted peer is never taken for its predecessor. UCX keeps one thread of its own while agents exist.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from common.config.transfer import rdma_ports
 from common.transfer.base import Capabilities, TransferBackend, TransferConfig, TransferError, Wake
 from common.transfer.channel import Kind, Link, is_loopback
 from common.transfer.dispatcher import GiveUp, Writer
@@ -40,6 +43,9 @@ from common.transfer.endpoint import Descriptor, Endpoint, Pool
 from common.transfer.runs import Pieces, batches
 
 _ENVIRONMENT = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "FATAL"}
+# As a user may have named them: a rank does not know which name it was.
+_PLUGIN = "--disaggregation-nixl-backend (SGLANG_DISAGGREGATION_NIXL_BACKEND)"
+_PARAMS = "--disaggregation-nixl-backend-params (SGLANG_DISAGGREGATION_NIXL_BACKEND_PARAMS)"
 _BATCH_PIECES = 4096
 _BATCH_BYTES = 64 << 20
 _WRITER_POLL_S = 0.0001
@@ -62,44 +68,51 @@ def load() -> Any:
 def create(config: TransferConfig, wake: Wake) -> TransferBackend:
     """An endpoint. Raises `TransferError` if NIXL does not load."""
     api = load()
-    if is_loopback(config.host):
-        os.environ.setdefault("UCX_NET_DEVICES", "lo")
+    if devices := ucx_devices(config):
+        os.environ.setdefault("UCX_NET_DEVICES", devices)
     return NixlEndpoint(config, wake, api)
+
+
+def ucx_devices(config: TransferConfig) -> str:
+    """The network devices that UCX may use, as it names them; all, if there is no text."""
+    if config.ib_devices:
+        return ",".join(f"{device}:{port}" for device in config.ib_devices for port in rdma_ports(device))
+    return "lo" if is_loopback(config.host) else ""
 
 
 class NixlEndpoint(Endpoint):
     """Endpoint of the nixl backend."""
 
     name = "nixl"
-    capabilities = Capabilities(same_host_only=False, native_notify=True)
+    capabilities = Capabilities(same_host_only=False, native_notify=True, device_memory=True)
     settle_s = 2.0
 
     def __init__(self, config: TransferConfig, wake: Wake, api: Any) -> None:
         super().__init__(config, wake)
         self._api = api
         self._agent: _Agent | None = None
-        self._pool_address = 0
         self._writers: set[Link] = set()
         self._busy = threading.Event()
         self._stopping = False
         self._poller: threading.Thread | None = None
 
     def _start_engine(self, pool: Pool) -> None:
-        self._agent = _Agent(self._api, self.incarnation.hex(), pool)
-        self._pool_address = pool.address
+        self._agent = _Agent(self._api, self.incarnation.hex(), pool, self.config)
         self._poller = threading.Thread(target=self._progress, args=(self._agent,), name="transfer-poll", daemon=True)
         self._poller.start()
 
     def _engine_info(self) -> bytes:
         assert self._agent is not None
-        return msgspec.msgpack.encode((self._agent.metadata, self._pool_address))
+        pool = self._agent.pool
+        return msgspec.msgpack.encode((self._agent.metadata, pool.address, pool.gpu))
 
     def _open_writer(self, pool: Pool, peer: Descriptor, link: Link) -> Writer:
         assert self._channel is not None
         channel = self._channel
-        metadata, address = msgspec.msgpack.decode(peer.engine, type=tuple[bytes, int])
-        agent = _Agent(self._api, uuid.uuid4().hex, pool)
-        return _NixlWriter(agent, pool.address, metadata, address, lambda kind: channel.send(link, kind))
+        metadata, address, gpu = msgspec.msgpack.decode(peer.engine, type=tuple[bytes, int, int | None])
+        agent = _Agent(self._api, uuid.uuid4().hex, pool, self.config)
+        target = Pool(address, peer.pool_bytes, gpu)
+        return _NixlWriter(agent, metadata, target, lambda kind: channel.send(link, kind))
 
     def _on_remote_write(self, link: Link, active: bool) -> None:
         if active:
@@ -130,13 +143,19 @@ class NixlEndpoint(Endpoint):
 
 
 class _Agent:
-    """A NIXL agent with the pool registered."""
+    """A NIXL agent with the pool registered. Raises `TransferError` for a plugin that does not do."""
 
-    def __init__(self, api: Any, name: str, pool: Pool) -> None:
-        self.raw: Any = api.nixl_agent(name, api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
-        if "UCX" not in self.raw.backends:
-            raise TransferError("this NIXL has no UCX plugin")
-        self._registration: Any = self.raw.register_memory([(pool.address, pool.nbytes, 0, "")], "DRAM")
+    def __init__(self, api: Any, name: str, pool: Pool, config: TransferConfig) -> None:
+        self.pool = pool
+        self.raw: Any = api.nixl_agent(name, api.nixl_agent_config(enable_prog_thread=False, backends=[]))
+        plugin, params = config.nixl_backend, dict(config.nixl_params)
+        _check_plugin(self.raw, plugin)
+        try:
+            self.raw.create_backend(plugin, params)
+        except Exception as error:  # NIXL has a class for each code, and logs what it is about
+            raise TransferError(f"{_PARAMS}: NIXL's {plugin} does not start with {params}: {error}") from None
+        place = (pool.address, pool.nbytes, pool.gpu or 0, "")
+        self._registration: Any = self.raw.register_memory([place], _kind(pool))
 
     @property
     def metadata(self) -> bytes:
@@ -151,9 +170,9 @@ class _Agent:
 class _NixlWriter:
     """Polled writes into one peer's pool."""
 
-    def __init__(self, agent: _Agent, source: int, metadata: bytes, target: int, tell: Callable[[Kind], None]) -> None:
+    def __init__(self, agent: _Agent, metadata: bytes, target: Pool, tell: Callable[[Kind], None]) -> None:
         self._agent = agent
-        self._source = source
+        self._source = agent.pool
         self._target = target
         self._tell = tell
         self._peer: str = agent.raw.add_remote_agent(metadata)
@@ -168,8 +187,8 @@ class _NixlWriter:
 
     def _write_batch(self, batch: Pieces, give_up: GiveUp) -> None:
         agent = self._agent.raw
-        sources = agent.get_xfer_descs(_descriptors(batch[:, 0] + self._source, batch), "DRAM")
-        targets = agent.get_xfer_descs(_descriptors(batch[:, 1] + self._target, batch), "DRAM")
+        sources = agent.get_xfer_descs(_descriptors(batch[:, 0], batch, self._source), _kind(self._source))
+        targets = agent.get_xfer_descs(_descriptors(batch[:, 1], batch, self._target), _kind(self._target))
         transfer = agent.initialize_xfer("WRITE", sources, targets, self._peer)
         try:
             state = agent.transfer(transfer)
@@ -188,8 +207,25 @@ class _NixlWriter:
         self._agent.close()
 
 
-def _descriptors(addresses: NDArray[np.int64], batch: Pieces) -> NDArray[np.uint64]:
+def _descriptors(offsets: NDArray[np.int64], batch: Pieces, pool: Pool) -> NDArray[np.uint64]:
     """`[n, 3]`: address, length, device."""
-    table = np.zeros((len(batch), 3), dtype=np.uint64)
-    table[:, 0], table[:, 1] = addresses, batch[:, 2]
+    table = np.full((len(batch), 3), pool.gpu or 0, dtype=np.uint64)
+    table[:, 0], table[:, 1] = offsets + pool.address, batch[:, 2]
     return table
+
+
+def _kind(pool: Pool) -> str:
+    """NIXL's word for a kind of memory."""
+    return "DRAM" if pool.gpu is None else "VRAM"
+
+
+def _check_plugin(agent: Any, plugin: str) -> None:
+    """Refuse a plugin that is not there, does not load, or moves data to storage."""
+    plugins = sorted(agent.get_plugin_list())
+    if plugin not in plugins:
+        raise TransferError(f"{_PLUGIN}: NIXL has no plugin {plugin}; there are {', '.join(plugins)}")
+    kinds = set(agent.get_plugin_mem_types(plugin))
+    if not kinds:
+        raise TransferError(f"{_PLUGIN}: NIXL's plugin {plugin} does not load on this machine")
+    if not kinds <= {"DRAM_SEG", "VRAM_SEG"}:
+        raise TransferError(f"{_PLUGIN}: NIXL's plugin {plugin} moves data to storage, not between processes")

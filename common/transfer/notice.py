@@ -5,9 +5,11 @@ from __future__ import annotations
 import msgspec
 
 from common.mesh.ticket import Ticket
+from common.mesh.transfer_stats import TransferStats
 from common.transfer.base import TransferError
+from common.transfer.checksum import PageSums
 
-VERSION = 1
+VERSION = 2
 
 
 class HandoverNotice(msgspec.Struct, frozen=True, array_like=True, tag=VERSION):
@@ -15,7 +17,9 @@ class HandoverNotice(msgspec.Struct, frozen=True, array_like=True, tag=VERSION):
 
     `rank` is the prefill rank that speaks and `nbytes` what it wrote. `token_id` is the first output token;
     `logprobs`, where asked for, its `(token_id, log-probability, ((token_id, log-probability), ...))` with the
-    most likely tokens best first. `cached_tokens` is how much of the prompt came from prefill's cache.
+    most likely tokens best first. `cached_tokens` is how much of the prompt came from prefill's cache. `transfer`
+    tells how the pages travelled, for whoever wants to know.
+    `sums` are checksums of what was written, if prefill was told to send them.
     """
 
     ticket: Ticket
@@ -24,6 +28,8 @@ class HandoverNotice(msgspec.Struct, frozen=True, array_like=True, tag=VERSION):
     token_id: int
     logprobs: tuple[int, float, tuple[tuple[int, float], ...]] | None = None
     cached_tokens: int = 0
+    transfer: TransferStats | None = None
+    sums: PageSums | None = None
 
 
 _decoder = msgspec.msgpack.Decoder(HandoverNotice)

@@ -37,4 +37,4 @@ def test_missing_system_library_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 def test_absent_rdma_device_is_refused() -> None:
     with pytest.raises(TransferError, match="no RDMA device no_such_device on this host"):
-        mooncake.MooncakeEndpoint(TransferConfig(ib_device="no_such_device"), no_wake, None)
+        mooncake.MooncakeEndpoint(TransferConfig(ib_devices=("no_such_device",)), no_wake, None)
