@@ -9,13 +9,16 @@ from common.engine.config import EngineConfig
 from common.engine.engine import Engine
 from common.worker.messages import RankReady
 
+Register = Callable[[int, int, int | None], None]
+"""Makes a pool known that the engine allocated: address, bytes, CUDA device or None."""
+
 ENGINES = {"torch": "common.worker.rank", "emulated": "common.engine.emulated"}
 
 
 def build_engine(
     config: EngineConfig,
     allocate: Callable[[int], memoryview] | None = None,
-    register: Callable[[int, int], None] | None = None,
+    register: Register | None = None,
 ) -> Engine:
     """The engine of `--engine`; `allocate` and `register` are a transfer backend's, if there is a hand-over.
 
@@ -24,6 +27,14 @@ def build_engine(
     """
     engine: Engine = importlib.import_module(ENGINES[config.engine]).build_engine(config, allocate, register)
     return engine
+
+
+def runs_on_gpu(config: EngineConfig) -> bool:
+    """Whether the pool will be a GPU's memory. Raises `MeshError` (BAD_CONFIG) for a device that is not there."""
+    if config.engine != "torch":
+        return False
+    on_gpu: bool = importlib.import_module("common.engine.runner").choose_device(config).type == "cuda"
+    return on_gpu
 
 
 def ready_message(rank: int, engine: Engine, backend: str, descriptor: bytes) -> RankReady:

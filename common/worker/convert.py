@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from google.protobuf.duration_pb2 import Duration
+
 from common.engine.messages import Ledger, Load, Sampling, SequenceFailed, TokenLogprobs, Tokens
 from common.errors.base import STATUS, Reason
 from common.kvcache.ledger import Audit
 from common.mesh.credit import Credit
+from common.mesh.transfer_stats import TransferStats
 from common.mesh.wire import ticket_from, ticket_to
 from common.worker.messages import (
     RankReady,
@@ -83,14 +86,37 @@ def room_event_to(news: RoomNews) -> bootstrap_pb.WorkerEvent:
         case RoomTransferring():
             return bootstrap_pb.WorkerEvent(transferring=bootstrap_pb.RoomTransferring(ticket=ticket))
         case RoomTransferred():
-            return bootstrap_pb.WorkerEvent(transferred=bootstrap_pb.RoomTransferred(ticket=ticket, bytes=news.nbytes))
+            transfer = transfer_to(news.transfer)
+            arrived = bootstrap_pb.RoomTransferred(ticket=ticket, bytes=news.nbytes, transfer=transfer)
+            return bootstrap_pb.WorkerEvent(transferred=arrived)
         case RoomFailed():
             failed = bootstrap_pb.RoomFailed(ticket=ticket, reason=news.reason, message=news.message)
             return bootstrap_pb.WorkerEvent(failed=failed)
         case RoomQuiet():
-            return bootstrap_pb.WorkerEvent(quiet=bootstrap_pb.RoomQuiet(ticket=ticket))
+            quiet = bootstrap_pb.RoomQuiet(ticket=ticket, transfer=transfer_to(news.transfer))
+            return bootstrap_pb.WorkerEvent(quiet=quiet)
         case RoomFenced():
             return bootstrap_pb.WorkerEvent(fenced=bootstrap_pb.RoomFenced(ticket=ticket))
+
+
+def transfer_to(stats: TransferStats | None) -> pb.TransferStats | None:
+    if stats is None:
+        return None
+    return pb.TransferStats(
+        backend=stats.backend,
+        bytes=stats.nbytes,
+        descriptors=stats.descriptors,
+        duration=duration_to(stats.seconds),
+        queued=duration_to(stats.queued_s),
+        hidden=duration_to(stats.hidden_s),
+        exposed=duration_to(stats.exposed_s),
+        bytes_per_second=stats.bytes_per_s,
+    )
+
+
+def duration_to(seconds: float) -> Duration:
+    whole, rest = divmod(round(seconds * 1e9), 1_000_000_000)
+    return Duration(seconds=whole, nanos=rest)
 
 
 def rank_reservation_to(rank: RankReservation) -> pb.RankReservation:

@@ -1,4 +1,4 @@
-"""Many emulated workers in one process: each a whole front, whose rank takes its turns on the same event loop.
+"""Emulated workers, one or many in a process: each a whole front, whose rank takes its turns on the same event loop.
 
 A rank of its own process is there so that a model's steps and the network share no GIL. An emulated engine has no
 such steps: between two turns it only waits.
@@ -7,6 +7,7 @@ such steps: between two turns it only waits.
 from __future__ import annotations
 
 import asyncio
+import importlib
 from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
@@ -117,9 +118,9 @@ class LoopWaker(Waker):
 class LocalFront(Front[E]):
     """A front whose rank is a `LocalRank`. `registered` is set once bootstrap knows it."""
 
-    def __init__(self, role: Role[E], config: WorkerConfig, make: Make) -> None:
+    def __init__(self, role: Role[E], config: WorkerConfig) -> None:
         super().__init__(role, config)
-        self._make = make
+        self._make: Make = importlib.import_module(role.rank_module).make
         self.registered = asyncio.Event()
 
     async def _spawn_rank(self, stop: asyncio.Event) -> bool:
@@ -129,3 +130,9 @@ class LocalFront(Front[E]):
     async def _register(self, stop: asyncio.Event) -> None:
         await super()._register(stop)
         self.registered.set()
+
+
+def make_front(role: Role[E], config: WorkerConfig) -> Front[E]:
+    """A worker: with a rank process for an engine that computes, without one for an emulated engine."""
+    kind = LocalFront if config.engine.engine == "emulated" else Front
+    return kind(role, config)

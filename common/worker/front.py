@@ -17,7 +17,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from common.config.tls import Credentials
 from common.config.tls import load as load_tls
-from common.engine.messages import Ledger, Load, Retracted, SequenceFailed, Tokens
+from common.engine.messages import Arrivals, Ledger, Load, Retracted, SequenceFailed, Tokens
 from common.errors.base import MeshError, Reason
 from common.kvcache.ledger import Audit
 from common.mesh.credit import Credit
@@ -27,11 +27,21 @@ from common.obs import log, metrics
 from common.rpc.address import join
 from common.rpc.announce import announce
 from common.rpc.server import Server, Service, make_server
-from common.worker import audit_metrics, convert
+from common.worker import arrival_metrics, audit_metrics, convert, transfer_metrics
 from common.worker.config import WorkerConfig
 from common.worker.credit import CreditTeller, Throttle
 from common.worker.held import HeldRooms
-from common.worker.messages import AbortSequence, FromRank, Prefilled, RankFailed, RankReady, Registered, StartSequence
+from common.worker.messages import (
+    AbortSequence,
+    FromRank,
+    Prefilled,
+    RankFailed,
+    RankReady,
+    Registered,
+    RoomQuiet,
+    RoomTransferred,
+    StartSequence,
+)
 from common.worker.ranks import RankLink, RankProcess
 from common.worker.sessions import Session, Sessions
 from pdmesh.v1 import bootstrap_service_pb2 as bootstrap_pb
@@ -292,11 +302,15 @@ class Front(Generic[E]):
             match message:
                 case Tokens() | Prefilled() | Retracted() | SequenceFailed():
                     self._on_sequence(message)
+                    if isinstance(message, Prefilled):
+                        transfer_metrics.publish(message)
                 case Audit():
                     self._on_audit(message)
                 case RankReady() | RankFailed():
                     raise TypeError(f"a rank that runs sent {type(message).__name__}")
                 case _:
+                    if isinstance(message, RoomTransferred | RoomQuiet):
+                        transfer_metrics.publish(message)
                     event = convert.room_event_to(message)
                     self._held.said(event)
                     of_rooms.append(event)
@@ -313,7 +327,9 @@ class Front(Generic[E]):
         if (owner := self.sessions.owner(news.sequence_id)) is None:
             return  # aborted meanwhile
         session, number = owner
-        session.outbox.put(self.role.to_event(number, news))
+        # that prefill is done, the router learns from decode's first token
+        put = session.outbox.put_at_leisure if isinstance(news, Prefilled) else session.outbox.put
+        put(self.role.to_event(number, news))
         if not isinstance(news, Tokens) or news.finish:
             self.sessions.end(news.sequence_id)
             ENDED.labels(OUTCOME.get(type(news), "finished")).inc()
@@ -321,6 +337,8 @@ class Front(Generic[E]):
 
     def _on_load(self, load: Load) -> None:
         RETRACTED.inc(load.retracted - self._load.retracted)
+        if load.arrivals:
+            arrival_metrics.publish(load.arrivals, self._load.arrivals or Arrivals())
         self._load = load
         RUNNING.set(load.running)
         WAITING.set(load.waiting)
@@ -366,13 +384,13 @@ class Front(Generic[E]):
         self._stop.set()
 
     def _describe(self, ready: RankReady) -> pb.Worker:
-        engine = self.config.engine
+        engine, address = self.config.engine, self.config.address(self._server.port)
         ready_at = Timestamp()
         ready_at.GetCurrentTime()
         return pb.Worker(
-            worker_id=self.config.worker_id or f"{self.role.name}-{self._server.address}",
+            worker_id=self.config.worker_id or f"{self.role.name}-{address}",
             role=self.role.proto,
-            address=self._server.address,
+            address=address,
             model=pb.ModelInfo(
                 served_model_name=engine.served_model_name or PurePath(engine.model_path).name,
                 model_path=ready.model_path,

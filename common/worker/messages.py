@@ -12,6 +12,7 @@ from common.engine.messages import Load, Message, Retracted, Sampling, SequenceF
 from common.kvcache.layout import KvLayout
 from common.kvcache.ledger import Audit
 from common.mesh.ticket import Ticket
+from common.mesh.transfer_stats import TransferStats
 
 # ------------------------------------------------------------------------------------------ shared parts
 
@@ -117,10 +118,11 @@ class RankFailed(Message):
 
 
 class Prefilled(Message):
-    """Prefill: the prompt is computed and all its pages are with decode."""
+    """Prefill: the prompt is computed and all its pages are with decode. `transfer` tells how they went there."""
 
     sequence_id: int
     cached_tokens: int = 0
+    transfer: TransferStats | None = None
 
 
 class RoomTransferring(Message):
@@ -130,10 +132,11 @@ class RoomTransferring(Message):
 
 
 class RoomTransferred(Message):
-    """Decode: all bytes of a room are here."""
+    """Decode: all bytes of a room are here; `transfer` is the writer's account of it."""
 
     ticket: Ticket
     nbytes: int
+    transfer: TransferStats | None = None
 
 
 class RoomFailed(Message):
@@ -145,9 +148,10 @@ class RoomFailed(Message):
 
 
 class RoomQuiet(Message):
-    """Prefill: nothing more will be written for a room that ended."""
+    """Prefill: nothing more will be written for a room that ended; `transfer` is what had been, if anything."""
 
     ticket: Ticket
+    transfer: TransferStats | None = None
 
 
 class RoomFenced(Message):

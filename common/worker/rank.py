@@ -14,6 +14,7 @@ from common.errors.base import MeshError, Reason
 from common.kvcache.allocator import PageAllocator
 from common.kvcache.layout import KvLayout
 from common.kvcache.pool import KvPool
+from common.worker.build import Register
 
 MAX_CPU_POOL_BYTES = 4 * 2**30
 CPU_POOL_SHARE = 0.25  # of the memory that is available: several workers often share one machine
@@ -60,13 +61,13 @@ def available_bytes(meminfo: str = "/proc/meminfo", cgroup: str = "/sys/fs/cgrou
 def build_engine(
     config: EngineConfig,
     allocate: Callable[[int], memoryview] | None = None,
-    register: Callable[[int, int], None] | None = None,
+    register: Register | None = None,
 ) -> Engine:
     """Load the model and give it a pool.
 
     On CPU the pool's memory comes from `allocate` (bytes), which a transfer backend provides; it must stay mapped
     until the engine is no longer used; without it the pool has memory of its own. On CUDA the pool is the device's,
-    and `register` (address, bytes) makes it known to the backend.
+    and `register` (address, bytes, device) makes it known to the backend.
 
     Raises:
         MeshError: BAD_CHECKPOINT or BAD_CONFIG.
@@ -79,6 +80,6 @@ def build_engine(
     else:
         pool = KvPool(runner.layout, num_pages, device=runner.device)
         if register is not None:
-            register(pool.address, pool.nbytes)
+            register(pool.address, pool.nbytes, runner.device.index)
     runner.attach_pool(pool)
     return Engine(runner, PageAllocator(num_pages), config)

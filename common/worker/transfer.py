@@ -10,7 +10,7 @@ from common.errors.base import MeshError, Reason
 from common.obs import log
 from common.transfer.base import TransferBackend, TransferConfig, TransferError
 from common.transfer.registry import create
-from common.worker.build import build_engine, ready_message
+from common.worker.build import build_engine, ready_message, runs_on_gpu
 from common.worker.config import WorkerConfig
 from common.worker.messages import RankReady
 from common.worker.start import RankStart
@@ -30,21 +30,33 @@ def build_with_transfer(
     """Start the backend, load the model, map the pool in the backend's memory.
 
     Raises:
-        MeshError: BAD_CONFIG when the backend cannot be loaded here; else as `build_engine`.
+        MeshError: BAD_CONFIG when the backend cannot be loaded here, or does not do; else as `build_engine`.
     """
     name = config.transfer_backend
     try:
-        backend = create(name, transfer_config(config), waker.wake)
+        backend = create(name, transfer_config(config, start.rank), waker.wake)
+        if runs_on_gpu(config.engine) and not backend.capabilities.device_memory:  # said before weights are loaded
+            raise TransferError("it moves host memory, and the model runs on a GPU; take nixl or mooncake")
+        engine = build_engine(config.engine, backend.allocate, backend.register)
+        return engine, backend, ready_message(start.rank, engine, name, backend.export())
     except TransferError as error:
         raise MeshError(Reason.BAD_CONFIG, f"--disaggregation-transfer-backend {name}: {error}") from None
-    engine = build_engine(config.engine, backend.allocate, backend.register)
-    return engine, backend, ready_message(start.rank, engine, name, backend.export())
 
 
-def transfer_config(config: WorkerConfig) -> TransferConfig:
-    """The endpoint's settings. Raises `MeshError` (BAD_CONFIG) for an emulated engine's times that cannot be had."""
-    ib_device = config.handover.disaggregation_ib_device
-    if config.engine.engine != "emulated":
-        return TransferConfig(config.host, ib_device, config.handover.copy_threads)
-    times = load_times(config.engine).transfer
-    return TransferConfig(config.host, ib_device, latency_s=times.latency_s, bytes_per_s=times.bytes_per_s)
+def transfer_config(config: WorkerConfig, rank: int = 0) -> TransferConfig:
+    """A rank's endpoint. Raises `MeshError` (BAD_CONFIG) for an emulated engine's times that cannot be had."""
+    host, _ = config.advertised
+    if config.transfer_backend == "emulated":
+        times = load_times(config.engine).transfer
+        return TransferConfig(host, config.host, latency_s=times.latency_s, bytes_per_s=times.bytes_per_s)
+    mooncake = config.mooncake_file
+    return TransferConfig(
+        host,
+        config.host,
+        config.ib_devices(rank),
+        config.handover.copy_threads,
+        mooncake_host=mooncake.host,
+        mooncake_protocol=mooncake.protocol,
+        nixl_backend=config.handover.disaggregation_nixl_backend,
+        nixl_params=config.handover.nixl_params,
+    )

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from msgspec import structs
 
 from common.engine.engine import Engine, StepResult
-from common.engine.messages import Load, SequenceFailed, TokenLogprobs, Tokens
+from common.engine.messages import Arrivals, Load, SequenceFailed, TokenLogprobs, Tokens
 from common.engine.request import Sequence
 from common.errors.base import MeshError, Reason
 from common.kvcache.audit import Claim
@@ -25,6 +26,7 @@ from common.mesh.ticket import Ticket
 from common.obs.log import get_logger
 from common.transfer import notice
 from common.transfer.base import TransferBackend, TransferError
+from common.transfer.checksum import Hasher
 from common.transfer.notice import HandoverNotice
 from common.worker.loop import Emit
 from common.worker.messages import (
@@ -53,6 +55,8 @@ class Incoming:
     start: StartSequence
     pages: list[int] = field(default_factory=list)
     ended: bool = False
+    arrived: HandoverNotice | None = None  # all bytes are said to be here, and are verified
+    digests: Future[bytes] | None = None
     writer: RoomReleased | None = None  # once it is lost: what to wait for
 
     @property
@@ -68,8 +72,9 @@ class Incoming:
 class DecodeHandover:
     """Implements `common.worker.loop.Handover`. Everything runs on the rank's loop."""
 
-    def __init__(self, engine: Engine, backend: TransferBackend, emit: Emit) -> None:
+    def __init__(self, engine: Engine, backend: TransferBackend, emit: Emit, hasher: Hasher | None = None) -> None:
         self._engine = engine
+        self._hasher = hasher
         self._backend = backend
         self._emit = emit
         self._descriptor = backend.export()
@@ -78,6 +83,8 @@ class DecodeHandover:
         self._waiting: deque[Incoming] = deque()
         self._early: OrderedDict[Ticket, RoomEnded] = OrderedDict()
         self.stale_notices = 0
+        self._pages_verified = 0
+        self._checksum_mismatches = 0
 
     # ------------------------------------------------------------------------------------ events
 
@@ -122,10 +129,7 @@ class DecodeHandover:
         if room is None:
             return False
         if not room.ended:
-            message = "the router aborted the sequence"
-            self._emit(RoomFailed(room.ticket, Reason.ABORTED, message))
-            self._emit(SequenceFailed(sequence_id, Reason.ABORTED, message))
-            self._end(room)
+            self._fail(room, Reason.ABORTED, "the router aborted the sequence")
         return True
 
     def on_step(self, result: StepResult) -> None:
@@ -139,8 +143,11 @@ class DecodeHandover:
             except TransferError as error:
                 log.warning("dropped a notice that cannot be read", error=str(error))
         self._backend.poll()
-        for room in [room for room in self._rooms.values() if room.writer]:
-            self._fence(room)
+        for room in list(self._rooms.values()):
+            if room.writer:
+                self._fence(room)
+            elif room.arrived and room.digests and room.digests.done() and not room.ended:
+                self._verified(room, room.arrived, room.digests.result())
         self._grant()
 
     def load(self, engine: Load) -> Load:
@@ -153,7 +160,11 @@ class DecodeHandover:
                 waiting += 1
                 tokens += room.tokens
         return structs.replace(
-            engine, waiting=engine.waiting + waiting, waiting_tokens=engine.waiting_tokens + tokens, credit=credit
+            engine,
+            waiting=engine.waiting + waiting,
+            waiting_tokens=engine.waiting_tokens + tokens,
+            credit=credit,
+            arrivals=Arrivals(self.stale_notices, self._pages_verified, self._checksum_mismatches),
         )
 
     def claims(self) -> Iterator[Claim]:
@@ -167,6 +178,8 @@ class DecodeHandover:
         return bool(self._rooms)
 
     def close(self) -> None:
+        if self._hasher:
+            self._hasher.close()
         self._backend.close()
 
     # ------------------------------------------------------------------------------------ steps of a room
@@ -192,10 +205,32 @@ class DecodeHandover:
 
     def _arrived(self, arrived: HandoverNotice) -> None:
         room = self._rooms.get(arrived.ticket)
-        if room is None or room.ended or not room.pages:
+        if room is None or room.ended or not room.pages or room.arrived:
             self.stale_notices += 1
             log.warning("dropped a stale notice", room=str(arrived.ticket))
-            return
+        elif arrived.sums and self._hasher:
+            room.arrived = arrived
+            room.digests = self._hasher.digests(arrived.sums.of(room.pages))
+        else:
+            self._adopt(room, arrived)
+
+    def _verified(self, room: Incoming, arrived: HandoverNotice, digests: bytes) -> None:
+        assert arrived.sums
+        self._pages_verified += len(arrived.sums.of(room.pages))
+        if wrong := arrived.sums.mismatch(digests):
+            self._checksum_mismatches += 1
+            self._fail(room, Reason.CHECKSUM_MISMATCH, wrong)
+        else:
+            self._adopt(room, arrived)
+
+    def _fail(self, room: Incoming, reason: Reason, message: str) -> None:
+        """Give a room up from this side."""
+        log.warning("room failed", room=str(room.ticket), reason=reason, message=message)
+        self._emit(RoomFailed(room.ticket, reason, message))
+        self._emit(SequenceFailed(room.start.sequence_id, reason, message))
+        self._end(room)
+
+    def _adopt(self, room: Incoming, arrived: HandoverNotice) -> None:
         start = room.start
         sequence = sequence_of(start)
         sequence.pages = room.pages
@@ -203,7 +238,7 @@ class DecodeHandover:
         offset = len(start.output_ids)
         first = Tokens(start.sequence_id, offset, [arrived.token_id], logprobs, cached_tokens=arrived.cached_tokens)
         self._forget(room)
-        self._emit(RoomTransferred(room.ticket, arrived.nbytes))
+        self._emit(RoomTransferred(room.ticket, arrived.nbytes, arrived.transfer))
         self._emit(self._engine.adopt(sequence, first))
 
     def _released(self, room: Incoming, message: RoomReleased) -> None:

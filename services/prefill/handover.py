@@ -4,7 +4,8 @@ A room is known by its ticket. Its reservation (from bootstrap) and its prompt (
 different streams, in either order, and so may its end; whichever comes first is kept for the other.
 
 Nothing is computed for a room before decode has reserved its pages: rooms are computed in the order of their
-reservations. An idle worker may be told to begin earlier (`--optimistic-prefill`).
+reservations. An idle worker may be told to begin earlier (`--optimistic-prefill`). What the prefix cache has of a
+prompt leaves with the reservation, before the prompt's turn; what decode has itself (`from_token`) is not sent.
 
 When a room ends before success, bootstrap is told `RoomQuiet` once nothing more will be written for it: decode
 keeps the destination pages in quarantine until then.
@@ -24,10 +25,13 @@ from common.engine.messages import Load, SequenceFailed, Tokens
 from common.engine.request import Sequence
 from common.errors.base import MeshError, Reason
 from common.kvcache.audit import Claim
+from common.kvcache.radix import Node
 from common.mesh.ticket import Ticket
 from common.obs.log import get_logger
 from common.transfer import notice
 from common.transfer.base import Completion, Handle, HandleState, PeerId, TransferBackend, TransferError
+from common.transfer.checksum import Hasher, OutgoingSums
+from common.transfer.meter import Meter
 from common.transfer.notice import HandoverNotice
 from common.transfer.runs import coalesce
 from common.worker.loop import Emit
@@ -68,8 +72,11 @@ class Outgoing:
     destination: Destination | None = None
     pages_computed: int = 0
     pages_sent: int = 0
+    prefix: Node | None = None  # locked while cached pages are being sent
     bytes_sent: int = 0
     handles: set[Handle] = field(default_factory=set)
+    meter: Meter = field(default_factory=Meter)
+    sums: OutgoingSums | None = None  # of what is sent, where they are wanted
     first_token: Tokens | None = None  # set with the last chunk
     begun: bool = False  # the engine has it
     ended: bool = False
@@ -79,13 +86,22 @@ class PrefillHandover:
     """Implements `common.worker.loop.Handover`. Everything runs on the rank's loop but `disconnect`."""
 
     def __init__(
-        self, engine: Engine, backend: TransferBackend, emit: Emit, timeout_s: float, optimistic: bool = False
+        self,
+        engine: Engine,
+        backend: TransferBackend,
+        emit: Emit,
+        timeout_s: float,
+        optimistic: bool = False,
+        hasher: Hasher | None = None,
+        checksum: str = "off",
     ) -> None:
         self._engine = engine
         self._backend = backend
         self._emit = emit
         self._timeout_s = timeout_s
         self._optimistic = optimistic
+        self._hasher = hasher if checksum != "off" else None
+        self._checksum = checksum
         self._layout = engine.runner.layout
         self._rooms: dict[Ticket, Outgoing] = {}
         self._by_sequence: dict[int, Outgoing] = {}
@@ -146,6 +162,7 @@ class PrefillHandover:
             room = self._by_sequence[progress.sequence.sequence_id]
             room.first_token = progress.first
             if progress.first:
+                room.meter.computed()
                 room.pages_computed = self._layout.pages_for(progress.computed)
             else:  # a page that the next chunk will write to again must wait for it
                 room.pages_computed = progress.computed // self._layout.page_size
@@ -164,6 +181,11 @@ class PrefillHandover:
             future.result()
             for room in rooms:
                 self._quiet(room)
+        if self._hasher:
+            for room in [room for room in self._rooms.values() if not room.handles]:
+                self._let_go(room)
+                if room.first_token:
+                    self._advance(room)
         self._begin_optimistically()
 
     def load(self, engine: Load) -> Load:
@@ -186,6 +208,8 @@ class PrefillHandover:
 
     def close(self) -> None:
         self._closer.shutdown(wait=True)
+        if self._hasher:
+            self._hasher.close()
         self._backend.close()
 
     # ------------------------------------------------------------------------------------ steps of a room
@@ -233,12 +257,16 @@ class PrefillHandover:
     def _send_to(self, room: Outgoing, destination: Destination) -> None:
         room.destination = destination
         room.pages_sent = destination.first
+        if self._hasher and destination.pages:
+            room.sums = OutgoingSums(self._hasher, self._checksum, room.ticket, len(destination.pages))
         self._begin(room)
+        if not room.pages_computed:
+            self._send_prefix(room, destination)
         self._advance(room)
 
     def _begin(self, room: Outgoing) -> None:
         if not room.begun:
-            if self._optimistic and self._layout.pages_for(room.sequence.num_tokens) > self._engine.allocator.num_free:
+            if self._optimistic and self._layout.pages_for(room.sequence.num_tokens) > self._engine.pages.num_available:
                 self._step_back()
             room.begun = True
             self._engine.add(room.sequence)
@@ -275,26 +303,54 @@ class PrefillHandover:
         to = room.destination
         if to is None or room.ended:
             return
-        if room.pages_sent < room.pages_computed:
-            if room.pages_sent == to.first:
-                self._emit(RoomTransferring(room.ticket))
-            source = room.sequence.pages[room.pages_sent : room.pages_computed]
-            target = to.pages[room.pages_sent - to.first : room.pages_computed - to.first]
-            runs = coalesce(source, target, self._layout.page_bytes)
-            try:
-                handle = self._backend.submit(to.peer, runs, self._timeout_s)
-            except TransferError as error:
-                self._fail(room, Reason.TRANSFER_FAILED, str(error))
-                return
-            room.handles.add(handle)
-            self._by_handle[handle] = room
-            room.bytes_sent += sum(run.nbytes for run in runs)
-            room.pages_sent = room.pages_computed
-        if room.first_token and not room.handles:
+        if room.pages_sent < room.pages_computed and not self._send(
+            room, to, room.sequence.pages[: room.pages_computed]
+        ):
+            return
+        if room.first_token and not room.handles and (room.sums is None or room.sums.done):
             self._finish(room, to.peer, room.first_token)
+
+    def _send_prefix(self, room: Outgoing, to: Destination) -> None:
+        """Send what is cached of a prompt whose turn has not come.
+
+        It is locked only as long as it is being read: prompts that wait must not keep what those before them need.
+        Should it be evicted before the prompt's turn, it is computed again, but not sent again.
+        """
+        prefix = self._engine.pages.find(room.sequence)
+        if prefix and len(prefix.pages) > room.pages_sent:
+            room.prefix = self._engine.pages.lock(prefix.node)
+            self._send(room, to, prefix.pages)
+
+    def _send(self, room: Outgoing, to: Destination, pages: list[int]) -> bool:
+        """Send those of the prompt's first `pages` that were not sent before. False if the room failed by it."""
+        if room.pages_sent == to.first:
+            self._emit(RoomTransferring(room.ticket))
+        source = pages[room.pages_sent :]
+        target = to.pages[room.pages_sent - to.first : len(pages) - to.first]
+        runs = coalesce(source, target, self._layout.page_bytes)
+        try:
+            handle = self._backend.submit(to.peer, runs, self._timeout_s)
+        except TransferError as error:
+            self._fail(room, Reason.TRANSFER_FAILED, str(error))
+            return False
+        room.handles.add(handle)
+        room.meter.submitted(handle)
+        self._by_handle[handle] = room
+        room.bytes_sent += sum(run.nbytes for run in runs)
+        room.pages_sent = len(pages)
+        if room.sums:
+            room.sums.add(source)
+        return True
+
+    def _let_go(self, room: Outgoing) -> None:
+        """What was sent from the cache has arrived: it may be evicted. A room that ended first waits to be quiet."""
+        if room.prefix and not room.ended and not room.handles and (room.sums is None or room.sums.done):
+            self._engine.pages.unlock(room.prefix)
+            room.prefix = None
 
     def _finish(self, room: Outgoing, peer: PeerId, first: Tokens) -> None:
         chosen = first.logprobs[0] if first.logprobs else None
+        transfer = room.meter.stats(self._backend.name)
         arrived = HandoverNotice(
             ticket=room.ticket,
             rank=0,
@@ -302,22 +358,26 @@ class PrefillHandover:
             token_id=first.token_ids[0],
             logprobs=(chosen.token_id, chosen.logprob, chosen.top) if chosen else None,
             cached_tokens=first.cached_tokens,
+            transfer=transfer,
+            sums=room.sums.result() if room.sums else None,
         )
         try:
             self._backend.notify(peer, notice.encode(arrived))
         except TransferError as error:
             self._fail(room, Reason.TRANSFER_FAILED, str(error))
             return
-        self._emit(Prefilled(room.sequence.sequence_id, first.cached_tokens))
+        self._emit(Prefilled(room.sequence.sequence_id, first.cached_tokens, transfer))
         self._forget(room)
 
     def _completed(self, room: Outgoing, completion: Completion) -> None:
         room.handles.discard(completion.handle)
+        room.meter.ended(completion)
         if completion.state is HandleState.FAILED:
             self._broken(room, completion.error)
         elif room.ended:
             self._quiet(room)
         else:
+            self._let_go(room)
             self._advance(room)
 
     def _ended(self, message: RoomEnded, room: Outgoing | None) -> None:
@@ -365,10 +425,12 @@ class PrefillHandover:
 
     def _quiet(self, room: Outgoing) -> None:
         if not room.handles:
-            self._emit(RoomQuiet(room.ticket))
+            transfer = room.meter.stats(self._backend.name) if room.bytes_sent else None
+            self._emit(RoomQuiet(room.ticket, transfer))
             self._forget(room)
 
     def _forget(self, room: Outgoing) -> None:
+        self._engine.pages.unlock(room.prefix)
         if room.begun:
             self._engine.release(room.sequence.sequence_id)
         self._rooms.pop(room.ticket, None)

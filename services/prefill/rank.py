@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common.transfer.checksum import Hasher
 from common.worker.config import WorkerConfig
 from common.worker.loop import Emit
 from common.worker.process import Rank, serve_rank
@@ -22,7 +23,15 @@ def make(start: RankStart, config: WorkerConfig, waker: Waker) -> Rank:
     settings = config.handover
 
     def make_handover(emit: Emit) -> PrefillHandover:
-        return PrefillHandover(engine, backend, emit, settings.transfer_timeout, settings.optimistic_prefill)
+        return PrefillHandover(
+            engine,
+            backend,
+            emit,
+            settings.transfer_timeout,
+            settings.optimistic_prefill,
+            Hasher(engine.runner.read_page, waker.wake),
+            settings.kv_checksum,
+        )
 
     return Rank(engine, ready, make_handover)
 
