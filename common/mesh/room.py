@@ -154,9 +154,10 @@ class Transferring:
 
 @dataclass(frozen=True)
 class Transferred:
-    """Decode has all bytes."""
+    """Decode has all bytes. `transfer` is how they travelled; opaque here."""
 
     ticket: Ticket
+    transfer: object = None
 
 
 @dataclass(frozen=True)
@@ -196,9 +197,10 @@ class WorkerLost:
 
 @dataclass(frozen=True)
 class Quiet:
-    """Prefill will write nothing more for the room."""
+    """Prefill will write nothing more for the room. `transfer` is what had been written; opaque here."""
 
     ticket: Ticket
+    transfer: object = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import secrets
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +13,7 @@ from common.config.tls import Credentials
 from common.errors.base import MeshError, Reason
 from common.mesh.replicas import Link, Replicas
 from common.mesh.session import unreachable
-from common.mesh.shards import shard_of_request, shard_of_room
+from common.mesh.shards import new_room_id, shard_of_request, shard_of_room
 from common.mesh.ticket import Ticket
 from common.mesh.wire import ticket_from, ticket_to
 from pdmesh.v1 import bootstrap_service_pb2 as pb
@@ -59,6 +61,7 @@ class RouterSession(Replicas["RouterLink"]):
         self.on_room_ended = on_room_ended
         self.workers: dict[str, types_pb2.Worker] = {}
         self.ready = asyncio.Event()
+        self._name, self._numbers = secrets.token_hex(6), itertools.count(1)  # of rooms that are named here
         self._opening: dict[Opening, tuple[asyncio.Future[Ticket], pb.OpenRoom]] = {}
         self._open: dict[Ticket, pb.OpenRoom] = {}
         self._unsent: defaultdict[int, list[pb.RouterEvent]] = defaultdict(list)
@@ -76,6 +79,23 @@ class RouterSession(Replicas["RouterLink"]):
         await super().close()
         self._fail_opening(unreachable(self.address, "the session was closed"))
         self._open.clear()
+
+    def begin_room(self, room: pb.OpenRoom) -> Ticket | None:
+        """Open a room under a ticket that is made here, and do not wait: its workers may be told at once.
+
+        None while nobody is known to own its shard: `open_room` waits for an owner. That the room is refused,
+        `on_room_ended` tells as its failure.
+        """
+        if self.closing or (owner := self.owners.of_request(room.request_id)) is None:
+            return None
+        shard = shard_of_request(room.request_id, self.owners.shards)
+        epoch = self.owners.epoch(shard)
+        name = new_room_id(epoch, f"{self._name}.{next(self._numbers):x}", shard)
+        ticket = Ticket(name, room.attempt, epoch)
+        room.ticket.CopyFrom(ticket_to(ticket))
+        self._open[ticket] = room
+        owner.outbox.put(pb.RouterEvent(open=room))
+        return ticket
 
     async def open_room(self, room: pb.OpenRoom, timeout_s: float) -> Ticket:
         """Open a room and return its ticket; to be repeated with the same request, index and attempt at will.
@@ -114,14 +134,14 @@ class RouterSession(Replicas["RouterLink"]):
         """The sequence is over, or goes on elsewhere, for a reason to be remembered: nothing more is told about the
         room. To give one up, abort it first."""
         self._open.pop(ticket, None)
-        self._send(ticket, pb.RouterEvent(close=pb.CloseRoom(ticket=ticket_to(ticket), message=why)))
+        self._send(ticket, pb.RouterEvent(close=pb.CloseRoom(ticket=ticket_to(ticket), message=why)), hurry=False)
 
     def request_failed(self, request_id: str, error: MeshError) -> None:
-        """Tell bootstrap that a request failed, so that it can be explained; without a session it is lost."""
-        link = self.owners.of_request(request_id)
-        if link is not None:
+        """Tell bootstrap that a request failed, so that it can be explained; without an owner its next one hears it."""
+        if self.owners.shards:
             failed = pb.RequestFailed(request_id=request_id, reason=error.reason, message=error.message)
-            link.outbox.put(pb.RouterEvent(request_failed=failed))
+            shard = shard_of_request(request_id, self.owners.shards)
+            self._send_to_owner(shard, pb.RouterEvent(request_failed=failed), hurry=False)
 
     def lost(self, error: MeshError) -> None:
         """A session broke. For those who want to know; the view and the rooms are kept."""
@@ -196,11 +216,15 @@ class RouterSession(Replicas["RouterLink"]):
 
     # ---------------------------------------------------------------------------------- rooms
 
-    def _send(self, ticket: Ticket, event: pb.RouterEvent) -> None:
-        if owner := self.owners.of_room(ticket.room_id):
-            owner.outbox.put(event)
+    def _send(self, ticket: Ticket, event: pb.RouterEvent, *, hurry: bool = True) -> None:
+        self._send_to_owner(shard_of_room(ticket.room_id), event, hurry=hurry)
+
+    def _send_to_owner(self, shard: int, event: pb.RouterEvent, *, hurry: bool) -> None:
+        if owner := self.owners.of(shard):
+            put = owner.outbox.put if hurry else owner.outbox.put_at_leisure
+            put(event)
         else:
-            unsent = self._unsent[shard_of_room(ticket.room_id)]
+            unsent = self._unsent[shard]
             unsent.append(event)
             del unsent[:-MAX_UNSENT]
 
@@ -230,8 +254,21 @@ class RouterSession(Replicas["RouterLink"]):
             return
         for ticket, room in self._open.items():
             if (room.request_id, room.index, room.attempt) == key:
-                self._end(ticket, refused.message)
+                self._begun_refused(ticket, room, refused, link)
                 return
+
+    def _begun_refused(self, ticket: Ticket, room: pb.OpenRoom, refused: pb.OpenRefused, link: RouterLink) -> None:
+        """The owner does not take a room that was opened without waiting, or under an owner before it."""
+        if ticket.epoch < self.owners.epoch(shard_of_room(ticket.room_id)):
+            self._end(ticket, refused.message)
+        elif refused.reason == Reason.NO_WORKER and link.expects(room):
+            self._later(ASK_AGAIN_S, lambda: self._begin_again(ticket))
+        else:
+            self._end(ticket, refused.message, Reason(refused.reason))
+
+    def _begin_again(self, ticket: Ticket) -> None:
+        if room := self._open.get(ticket):
+            self._send(ticket, pb.RouterEvent(open=room))
 
     def _ask_again(self, key: Opening) -> None:
         if key in self._opening:
@@ -243,10 +280,10 @@ class RouterSession(Replicas["RouterLink"]):
         if self._open.pop(ticket_from(ended.ticket), None) is not None and self.on_room_ended:
             self.on_room_ended(ended)
 
-    def _end(self, ticket: Ticket, message: str) -> None:
-        """The room is lost to bootstrap."""
+    def _end(self, ticket: Ticket, message: str, reason: Reason = Reason.BOOTSTRAP_UNREACHABLE) -> None:
+        """The room is lost to bootstrap, or was refused by it."""
         ended = pb.RoomEnded(ticket=ticket_to(ticket), state=types_pb2.ROOM_STATE_FAILED, message=message)
-        ended.reason = Reason.BOOTSTRAP_UNREACHABLE
+        ended.reason = reason
         self._room_ended(ended)
 
     def _sweep(self) -> None:

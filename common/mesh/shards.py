@@ -16,9 +16,9 @@ def shard_of_request(request_id: str, shards: int) -> int:
     return zlib.crc32(request_id.encode()) % shards
 
 
-def new_room_id(epoch: int, number: int, shard: int) -> str:
-    """A name that no other room bears: an epoch has one owner of the shard, who counts its rooms."""
-    return f"{epoch:x}-{number:x}-{shard:x}"
+def new_room_id(epoch: int, name: str, shard: int) -> str:
+    """A name that no other room bears: `name` is one that whoever opens rooms in this epoch has not given before."""
+    return f"{epoch:x}-{name}-{shard:x}"
 
 
 def shard_of_room(name: str) -> int:
@@ -63,6 +63,10 @@ class Owners(Generic[Link]):
     def of(self, shard: int) -> Link | None:
         """The session with the shard's owner; None while there is none."""
         return self._owners.get(shard)
+
+    def epoch(self, shard: int) -> int:
+        """The epoch of the highest claim on a shard; 0 before there was one."""
+        return self._epochs.get(shard, 0)
 
     def of_room(self, name: str) -> Link | None:
         return self._owners.get(shard_of_room(name))

@@ -20,6 +20,9 @@ log = get_logger(__name__)
 # Room events that wait for their shard to get an owner; beyond that the oldest are lost, and `held` has to do.
 MAX_UNSENT = 10_000
 
+# Nobody goes on because of these: decode and prefill have told each other.
+UNHURRIED = {"transferring", "transferred"}
+
 
 class WorkerSession(Replicas["WorkerLink"]):
     """Keeps a worker registered from `start` to `close`, with every replica, through restarts of bootstrap.
@@ -58,9 +61,11 @@ class WorkerSession(Replicas["WorkerLink"]):
 
     def send(self, event: pb.WorkerEvent) -> None:
         """Queue an event about a room for its owner; while there is none, it waits for the next."""
-        shard = shard_of_room(getattr(event, str(event.WhichOneof("event"))).ticket.room_id)
+        kind = str(event.WhichOneof("event"))
+        shard = shard_of_room(getattr(event, kind).ticket.room_id)
         if link := self.owners.of(shard):
-            link.outbox.put(event)
+            put = link.outbox.put_at_leisure if kind in UNHURRIED else link.outbox.put
+            put(event)
         else:
             unsent = self._unsent[shard]
             unsent.append(event)

@@ -45,6 +45,7 @@ class ControlPlane:
         self._closing = False
         self._ownership = pb.Ownership()
         self.now = steady_clock()
+        self.began_at = self.now()
         self.timers: Timers[tuple[str, str]] = Timers(self.now)
         self.shards = Shards(
             store,
@@ -56,7 +57,13 @@ class ControlPlane:
             on_lost=self._shard_lost,
             on_changed=self._ownership_changed,
         )
-        self.records = Records(store, [], self.shards.fenced)
+        self.records = Records(
+            store,
+            [],
+            self.shards.fenced,
+            on_away=lambda seconds: self.journal.store_lost(seconds),
+            on_back=lambda: self.journal.store_back(),
+        )
         self._routers: set[RouterOutbox] = set()
         self.workers = Workers(
             self.now,
@@ -140,6 +147,8 @@ class ControlPlane:
         kind, name = key
         if kind == "room":
             self.rooms.alarm(name)
+        elif kind == "early":
+            self.rooms.early.alarm()
         elif kind == "shard":
             self.recovery.alarm(int(name))
         else:
@@ -179,6 +188,9 @@ class ControlPlane:
 
     async def _shard_gained(self, shard: Shard) -> None:
         """Load what the last owner wrote. Nobody asks for the shard before this returns."""
+        if before := self.shards.predecessor(shard.number):
+            ours = f"replica {self.shards.replica_id} (epoch {shard.claim.epoch})"
+            self.journal.took_over(shard.number, f"{ours} took over from {before}")
         rooms, _ = await self._store.scan(room_prefix(shard.number))
         self.records.know(rooms)
         self.recovery.gained(shard.number, [types.Room.FromString(entry.value) for entry in rooms])

@@ -14,7 +14,7 @@ from pdmesh.v1 import bootstrap_service_pb2 as pb
 from pdmesh.v1 import types_pb2 as types
 from services.bootstrap import timeline, wire
 from services.bootstrap.control import ControlPlane
-from services.bootstrap.inspection_cause import Cause, Scene, explain, pending, plural, router_failure
+from services.bootstrap.inspection_cause import Cause, Scene, explain, pending, plural, router_failure, seconds
 from services.bootstrap.rooms import Entry
 from services.bootstrap.timeline import matches
 
@@ -126,7 +126,8 @@ def explain_request(control: ControlPlane, request_id: str) -> pb.ExplainRespons
         shard = shard_of_request(request_id, control.shards.count)
         message = (
             f"no room or failure of request {request_id!r} is remembered: it waits in a router's queue, "
-            f"was never heard of, or is older than --room-history{elsewhere(control, shard)}"
+            f"was never heard of, or is older than --room-history or than this bootstrap, which began "
+            f"{seconds(control.now() - control.began_at)} ago{elsewhere(control, shard)}"
         )
         raise MeshError(Reason.NOT_FOUND, message, parameter="request_id")
     scenes = [scene_of(control, entry, failure.reason if failure else "") for entry in entries]
@@ -192,6 +193,7 @@ def explained(scene: Scene, cause: Cause) -> pb.ExplainedRoom:
         summary=cause.sentence,
         reason=cause.reason,
         pending=pending(scene),
+        transfer=entry.timeline.transfer,
     )
 
 

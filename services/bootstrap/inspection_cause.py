@@ -5,11 +5,12 @@ Plain functions over a room, its timeline and the ends of workers' lives; nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from common.errors.base import Reason
 from common.mesh.room import Room, State
+from common.mesh.shards import shard_of_room
 from pdmesh.v1 import types_pb2 as types
 from services.bootstrap import timeline
 from services.bootstrap.timeline import Failure, Figures, Journal, Kept, Loss, Moment
@@ -18,6 +19,8 @@ from services.bootstrap.timeline import Failure, Figures, Journal, Kept, Loss, M
 RECENT_S = 1.0
 # How long before its loss is noticed a worker may already have made others fail.
 NOTICE_S = 3.0
+# A room that is opened so soon after its shard changed hands may have waited for that.
+RECENT_TAKEOVER_S = 10.0
 # A request is given up by its client and by bootstrap within so much of its deadline.
 DEADLINE_SLACK_S = 0.1
 
@@ -72,7 +75,12 @@ class Scene:
 
 
 def explain(scene: Scene) -> Cause:
-    """The first cause of a room's failure or wait, or how it went."""
+    """The first cause of a room's failure or wait, or how it went; and what befell the control plane meanwhile."""
+    cause = first_cause(scene)
+    return replace(cause, sentence=" ".join((cause.sentence, *meanwhile(scene))))
+
+
+def first_cause(scene: Scene) -> Cause:
     match scene.room.state:
         case State.FAILED:
             return failed(scene)
@@ -113,8 +121,12 @@ def origin(scene: Scene, end: Moment) -> tuple[str, str, str]:
     """Reason and message of a failure, and who caused it.
 
     When the router gives a request up, a worker may be the first to say so, and knows only that it was aborted; the
-    router's own word comes a moment later.
+    router's own word comes a moment later. When a worker gives it up, the router may be the first to tell.
     """
+    if end.event == "Abort":
+        for moment in scene.moments:
+            if moment.event == "RoomFailed" and moment.reason == end.reason:
+                return moment.reason, moment.message, moment.by
     if end.event == "RoomFailed" and scene.room.reason == Reason.ABORTED:
         for moment in scene.moments:
             if moment.event == "Abort" and moment.at >= end.at:
@@ -174,6 +186,26 @@ def pending(scene: Scene) -> str:
     if not room.decode_lost:
         return f"{waits}: {room.prefill_worker_id} is gone, and {room.decode_worker_id} has not fenced it off yet."
     return f"{waits}: both workers are gone; the quarantine ends with {room.decode_worker_id}'s process."
+
+
+def meanwhile(scene: Scene) -> Iterator[str]:
+    """Sentences on what happened to the control plane while the room lived, or right before."""
+    room, moments = scene.room, scene.moments
+    first = moments[0] if moments else None
+    taken = scene.journal.takeover_of(shard_of_room(room.ticket.room_id))
+    if first and first.event == timeline.RESTORED:
+        if first.message:
+            yield f"{capital(first.message)}."
+    elif taken and 0 <= room.opened_at - taken.at < RECENT_TAKEOVER_S:
+        yield f"{capital(taken.words)}, {seconds(room.opened_at - taken.at)} before the room was opened."
+    until = moments[-1].at if moments and room.at_rest else scene.now
+    for outage in scene.journal.outages(room.opened_at, until):
+        if outage.until is None:
+            lasts = seconds(scene.now - outage.since)
+            yield f"The store is out of reach since {lasts}: what happens is in this replica's memory alone."
+        else:
+            lasted = seconds(outage.until - outage.since)
+            yield f"The store was out of reach for {lasted} at that time: what happened was written later."
 
 
 # ------------------------------------------------------------------------------------------ words
@@ -304,4 +336,4 @@ def plural(count: int, noun: str) -> str:
 
 def capital(text: str) -> str:
     """Sentences begin with a capital, but a worker's name stays as it is."""
-    return f"T{text[1:]}" if text.startswith("the ") else text
+    return f"{text[0].upper()}{text[1:]}" if text.startswith(("the ", "replica ", "an earlier ")) else text

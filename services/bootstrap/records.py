@@ -17,6 +17,8 @@ FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 2.0
 # From the beginning of one commit to that of the next, unless there is more than one commit's worth: a record that
 # changes several times within it is written once.
 WINDOW_S = 0.02
+# A commit that takes so long means that the store is away, though it may yet succeed.
+LATE_S = 1.0
 
 Make = Callable[[], bytes]
 Change = tuple[Make | None, Guard | None]
@@ -27,12 +29,22 @@ class Records:
 
     Each write is guarded: by the shard that the record belongs to, or else by the key's own revision as we know it.
     A record that another bootstrap has taken over is left to it, and `on_fenced` hears of the guard that no longer
-    holds. While the store is away, changes wait here.
+    holds. While the store is away, changes wait here; `on_away` hears for how many seconds it has been when that is
+    noticed, `on_back` when something is written again.
     """
 
-    def __init__(self, store: Store, known: Iterable[Entry], on_fenced: Callable[[Guard], None] | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        known: Iterable[Entry],
+        on_fenced: Callable[[Guard], None] | None = None,
+        on_away: Callable[[float], None] = lambda seconds: None,
+        on_back: Callable[[], None] = lambda: None,
+    ) -> None:
         self._store = store
         self._on_fenced = on_fenced
+        self._on_away, self._on_back = on_away, on_back
+        self._away = False
         self._revisions = {entry.key: entry.revision for entry in known}
         self._dirty: dict[str, Change] = {}
         self._writing: dict[str, Change] = {}
@@ -74,21 +86,34 @@ class Records:
     async def run(self) -> None:
         """Write, for ever: one commit at a time, as many records in it as are waiting, up to MAX_WRITES."""
         backoff_s = FIRST_BACKOFF_S
-        now = asyncio.get_running_loop().time
+        loop = asyncio.get_running_loop()
+        now = loop.time
         while True:
             await self._news.wait()
             started = now()
+            late = loop.call_later(LATE_S, self._late, LATE_S)
             try:
                 await self._write_some()
                 backoff_s = FIRST_BACKOFF_S
+                if self._away:
+                    self._away = False
+                    self._on_back()
             except MeshError as error:
                 metrics.STORE_FAILURES.inc()
+                self._late(now() - started)
                 log.warning("cannot write to the store, will try again", error=error.message, pending=len(self._dirty))
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
                 continue
+            finally:
+                late.cancel()
             if len(self._dirty) < MAX_WRITES:
                 await asyncio.sleep(max(0.0, started + WINDOW_S - now()))
+
+    def _late(self, seconds: float) -> None:
+        if not self._away:
+            self._away = True
+            self._on_away(seconds)
 
     async def _write_some(self) -> None:
         keys = list(self._dirty)[:MAX_WRITES]

@@ -18,6 +18,7 @@ from common.obs.log import get_logger
 from pdmesh.v1 import bootstrap_service_pb2 as pb
 from pdmesh.v1 import types_pb2 as types
 from services.bootstrap import metrics, timeline, wire
+from services.bootstrap.early import Early
 from services.bootstrap.pairing import check_pair
 from services.bootstrap.timeline import Journal, Timeline
 from services.bootstrap.timers import Timers
@@ -86,6 +87,7 @@ class Rooms:
         self._by_worker: defaultdict[str, set[str]] = defaultdict(set)
         self._by_router: defaultdict[RouterOutbox, set[str]] = defaultdict(set)
         self._retired: deque[str] = deque()
+        self.early = Early(now, timers, self._on_unknown)
         # What recovery has to do with a room: `on_unknown` is given an event for one that is not known, and tells
         # whether it took it; `on_adopted` a room that its router brought back.
         self.on_unknown: Callable[[str, pb.WorkerEvent], bool] = lambda worker_id, event: False
@@ -94,13 +96,18 @@ class Rooms:
     # ---------------------------------------------------------------------------------- of routers
 
     def open(self, router: RouterOutbox, wanted: pb.OpenRoom) -> None:
-        """Open a room, or find the one that was opened for this request, index and attempt; answers `router`."""
+        """Open a room, or find the one that was opened for this request, index and attempt.
+
+        `router` is told the ticket, unless it named it, or the refusal.
+        """
         try:
             entry = self._by_request.get((wanted.request_id, wanted.index, wanted.attempt))
             if entry is None:
                 entry = self._new(router, wanted)
             elif entry.closed:
                 raise MeshError(Reason.WRONG_STATE, f"room {entry.room.ticket} was closed already")
+            elif wanted.HasField("ticket") and ticket_from(wanted.ticket) != entry.room.ticket:
+                raise MeshError(Reason.WRONG_STATE, f"the room was opened as {entry.room.ticket}")
             else:
                 self._follow(entry, router)
         except MeshError as error:
@@ -117,12 +124,16 @@ class Rooms:
             )
             router.put(pb.MeshEvent(open_refused=refused))
             return
-        opened = pb.RoomOpened(request_id=wanted.request_id, index=wanted.index, ticket=ticket_to(entry.room.ticket))
-        router.put(pb.MeshEvent(opened=opened))
+        ticket = entry.room.ticket
+        if not wanted.HasField("ticket"):
+            opened = pb.RoomOpened(request_id=wanted.request_id, index=wanted.index, ticket=ticket_to(ticket))
+            router.put(pb.MeshEvent(opened=opened))
         if entry.room.state.terminal:
             router.put(pb.MeshEvent(ended=wire.ended_to(entry.room)))
         elif wanted.HasField("ticket"):
             self.on_adopted(entry)
+            for worker_id, event in self.early.take(ticket):
+                self.worker_event(worker_id, event)
 
     def abort(self, wanted: pb.AbortRoom, by: str = timeline.ROUTER) -> None:
         """End a room as FAILED, if it has not ended."""
@@ -163,8 +174,10 @@ class Rooms:
             return
         entry = self._entries.get(said.ticket.room_id)
         if entry is None:
-            if not self.on_unknown(worker_id, event):
-                self._unknown(worker_id, said)
+            if self._may_be_opened(said.ticket):
+                self.early.hold(said.ticket, worker_id, event)
+            else:
+                self._on_unknown(worker_id, event)
         elif self._parties(entry.room, worker_id).isdisjoint(SPEAKERS[type(said)]):
             refusal = machine.Refusal(Reason.NOT_FOUND, f"room {said.ticket} is not of worker {worker_id}")
             self._refuse(worker_id, said, refusal)
@@ -217,7 +230,7 @@ class Rooms:
             if room.ticket.room_id in self._entries:
                 continue
             entry = self._add(room, router=None)
-            self._journal.note(entry, timeline.RESTORED, timeline.BOOTSTRAP, room.reason, room.message)
+            self._journal.taken_over(entry)
             if room.at_rest:
                 entry.closed = True
                 self._retire(entry)
@@ -226,6 +239,7 @@ class Rooms:
 
     def drop(self, shard: int) -> None:
         """Forget the rooms of a shard that is another's now."""
+        self.early.drop(shard)
         for entry in self._by_shard.pop(shard, {}).values():
             room = entry.room
             del self._entries[room.ticket.room_id]
@@ -283,7 +297,7 @@ class Rooms:
     def _new(self, router: RouterOutbox, wanted: pb.OpenRoom) -> Entry:
         now = self._now()
         ticket = self._ticket_of(wanted)
-        adopted = wanted.HasField("ticket")
+        adopted = ticket.epoch < self._epoch_of(shard_of_room(ticket.room_id))
         if not adopted:  # the workers of one that was opened before may not have found us yet
             self._check_workers(wanted)
         deadline = wire.time_of(wanted, "deadline")
@@ -305,7 +319,10 @@ class Rooms:
             recovered=adopted,
         )
         entry = self._add(room, router)
-        self._journal.note(entry, timeline.RESTORED if adopted else timeline.OPENED, timeline.ROUTER)
+        if adopted:
+            self._journal.brought_back(entry, self._epoch_of(shard_of_room(ticket.room_id)))
+        else:
+            self._journal.note(entry, timeline.OPENED, timeline.ROUTER)
         self._begin(entry)
         self._by_router[router].add(room.ticket.room_id)
         self._persist(room)
@@ -314,15 +331,27 @@ class Rooms:
         return entry
 
     def _ticket_of(self, wanted: pb.OpenRoom) -> Ticket:
-        """A fresh ticket, or that under which an earlier owner opened the room. Raises `MeshError` (NOT_OWNER)."""
+        """A fresh ticket, by us or by the router, or that under which an earlier owner opened the room.
+
+        Raises `MeshError`: NOT_OWNER; STALE_TICKET for one of a later owner; WRONG_STATE for a name that is taken.
+        """
         if not wanted.HasField("ticket"):
             shard = self._shard_of(wanted.request_id)
             epoch = self._epoch_of(shard)
-            return Ticket(new_room_id(epoch, self._count + 1, shard), wanted.attempt, epoch)
+            return Ticket(new_room_id(epoch, f"{self._count + 1:x}", shard), wanted.attempt, epoch)
         ticket = ticket_from(wanted.ticket)
         if ticket.epoch > self._epoch_of(shard_of_room(ticket.room_id)):
             raise MeshError(Reason.STALE_TICKET, f"room {ticket} was opened by a later owner")
+        if ticket.room_id in self._entries:
+            raise MeshError(Reason.WRONG_STATE, f"there is another room {ticket.room_id!r}")
         return ticket
+
+    def _may_be_opened(self, ticket: Ticket) -> bool:
+        """Whether the opening of a room that is not known may be on its way: routers name rooms in our present epoch."""
+        try:
+            return ticket.epoch == self._epoch_of(shard_of_room(ticket.room_id))
+        except MeshError:
+            return False
 
     def _check_workers(self, wanted: pb.OpenRoom) -> None:
         names = (wanted.prefill_worker_id, wanted.decode_worker_id)
@@ -397,9 +426,16 @@ class Rooms:
                 self._tell(room.decode_worker_id, pb.ControlEvent(released=wire.fence_to(room)))
             case Effect.END_ROUTER:
                 if entry.router is not None and not entry.closed:
-                    entry.router.put(pb.MeshEvent(ended=wire.ended_to(room)))
+                    put = entry.router.put if room.state is State.FAILED else entry.router.put_at_leisure
+                    put(pb.MeshEvent(ended=wire.ended_to(room)))
             case Effect.PERSIST:
                 self._persist(room)
+
+    def _on_unknown(self, worker_id: str, event: pb.WorkerEvent) -> None:
+        """A word of a room that nobody has opened here."""
+        said = wire.room_event_from(event)
+        if said is not None and not self.on_unknown(worker_id, event):
+            self._unknown(worker_id, said)
 
     def _unknown(self, worker_id: str, event: machine.Event) -> None:
         """A room of an earlier bootstrap, or long gone. Nobody was told to write to its pages but by that one."""

@@ -83,6 +83,8 @@ class Shards:
         self.owned: dict[int, Shard] = {}
         self.replicas: dict[str, str] = {replica_id: address}  # addresses by id
         self.known: dict[int, Shard] = {}  # every shard as the store last told
+        self._before: dict[int, Claim] = {}  # of shards that are claimed here: the claim of another before that
+        self._addresses: dict[str, str] = {}  # of all replicas that were ever announced
         self._store = store
         self._address = address
         self._first_epoch = first_epoch
@@ -133,6 +135,15 @@ class Shards:
         shard = self.known.get(number)
         return shard.claim.owner if shard and shard.claim.owner in self.replicas else ""
 
+    def predecessor(self, number: int) -> str:
+        """Who owned a shard of ours before, in words; empty when that is not known."""
+        before = self._before.get(number)
+        if before is None:
+            return ""
+        who = f"replica {before.owner}" if before.owner else "an owner that gave it away"
+        where = f" at {self._addresses[before.owner]}" if before.owner in self._addresses else ""
+        return f"{who}{where}, epoch {before.epoch}"
+
     # ---------------------------------------------------------------------------------- what the store says
 
     async def _bury_predecessor(self) -> None:
@@ -140,6 +151,7 @@ class Shards:
         entries, _ = await self._store.scan(REPLICA_PREFIX)
         ours = self._address.encode()
         dead = [entry for entry in entries if entry.value == ours and entry.key != REPLICA_PREFIX + self.replica_id]
+        self._addresses.update((entry.key.removeprefix(REPLICA_PREFIX), self._address) for entry in dead)
         if dead:
             await self._store.commit([Write(entry.key, None, entry.revision) for entry in dead[:MAX_WRITES]])
 
@@ -158,7 +170,7 @@ class Shards:
         if key.startswith(REPLICA_PREFIX):
             name = key.removeprefix(REPLICA_PREFIX)
             if value is not None:
-                self.replicas[name] = value.decode()
+                self.replicas[name] = self._addresses[name] = value.decode()
             elif name != self.replica_id:  # our own comes back by itself
                 self.replicas.pop(name, None)
         elif key.startswith(SHARD_PREFIX) and value is not None:
@@ -211,6 +223,8 @@ class Shards:
         epoch = max(self._first_epoch, known.claim.epoch + 1 if known else 0)
         value = msgspec.json.encode(Claim(self.replica_id, epoch))
         owner = known.claim.owner if known else ""
+        if known and owner != self.replica_id:
+            self._before[number] = known.claim
         guard = Guard(REPLICA_PREFIX + owner, ABSENT) if owner and owner != self.replica_id else None
         return Write(shard_key(number), value, known.revision if known else ABSENT, guard)
 

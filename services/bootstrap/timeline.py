@@ -11,9 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeVar
 
+from common.errors.base import Reason
 from common.mesh import room as machine
 from common.mesh.outbox import Outbox
 from common.mesh.room import Refusal, Room, State
+from common.mesh.shards import shard_of_room
 from pdmesh.v1 import bootstrap_service_pb2 as pb
 from pdmesh.v1 import types_pb2 as types
 
@@ -28,7 +30,7 @@ STATES = {state: types.RoomState.Value(f"ROOM_STATE_{state}") for state in State
 MAX_REFUSALS = 32
 # Changes that a watcher may leave unread.
 WATCH_LIMIT = 10_000
-# Ends of a worker's lives that are remembered.
+# Ends of a worker's lives that are remembered, and losses of the store.
 MAX_LOSSES = 16
 
 
@@ -53,6 +55,7 @@ class Moment(NamedTuple):
     message: str = ""
     refusal: Refusal | None = None
     times: int = 1
+    transfer: types.TransferStats | None = None
 
 
 Watcher = Outbox[tuple[Room, Moment]]
@@ -65,6 +68,11 @@ class Timeline:
     moments: list[Moment] = field(default_factory=list)
     refusals: int = 0
     dropped: int = 0
+
+    @property
+    def transfer(self) -> types.TransferStats | None:
+        """How the room's pages travelled, as far as that was told."""
+        return next((moment.transfer for moment in reversed(self.moments) if moment.transfer), None)
 
     def add(self, moment: Moment) -> None:
         """Append a moment; a refusal that was there before is counted instead."""
@@ -115,6 +123,21 @@ class Loss(NamedTuple):
     silent_s: float
 
 
+class Takeover(NamedTuple):
+    """A shard came from another owner; `words` say who took over from whom."""
+
+    at: float
+    words: str
+
+
+@dataclass(slots=True)
+class Outage:
+    """The store was out of reach. Without `until` it still is."""
+
+    since: float
+    until: float | None = None
+
+
 class Journal:
     """Keeps the timelines of all rooms, and what else `Explain` has to know.
 
@@ -135,12 +158,14 @@ class Journal:
         self._refused: OrderedDict[str, list[Refused]] = OrderedDict()
         self._failures: OrderedDict[str, Failure] = OrderedDict()
         self._losses: OrderedDict[str, deque[Loss]] = OrderedDict()
+        self._takeovers: dict[int, Takeover] = {}
+        self._outages: deque[Outage] = deque(maxlen=MAX_LOSSES)
 
     # ---------------------------------------------------------------------------------- notes
 
     def note(self, entry: Kept, event: str, by: str, reason: str = "", message: str = "") -> None:
         """Something happened to a room; it has its new state already."""
-        self._add(entry, event, by, reason, message, None)
+        self._add(entry, event, by, reason, message)
 
     def applied(self, entry: Kept, event: machine.Event, by: str, before: Room, refusal: Refusal | None) -> None:
         """The state machine was given an event. One that repeats what is known leaves no trace, unless it is the first
@@ -150,14 +175,40 @@ class Journal:
         reason, message = getattr(event, "reason", ""), getattr(event, "message", "")
         if isinstance(event, machine.DeadlinePassed) and refusal is None:
             reason, message = entry.room.reason, entry.room.message
-        self._add(entry, type(event).__name__, by, reason, message, refusal)
+        self._add(entry, type(event).__name__, by, reason, message, refusal, getattr(event, "transfer", None))
 
     def _tells_why(self, entry: Kept, event: machine.Event) -> bool:
-        """Whether an event that changed nothing is worth a line."""
+        """Whether an event that changed nothing is worth a line.
+
+        What failed at a worker may reach bootstrap by the router first, which does not say where.
+        """
+        if isinstance(event, machine.RoomFailed):
+            return event.reason == entry.room.reason != Reason.ABORTED
         if not isinstance(event, machine.WorkerLost | machine.Abort):
             return False
         name = type(event).__name__
         return all(moment.event != name for moment in entry.timeline.moments)
+
+    def taken_over(self, entry: Kept) -> None:
+        """A room came with its shard, as the store had it. What happened to it before was told to another."""
+        room, now, words = entry.room, self._now(), ""
+        if taken := self._takeovers.get(shard_of_room(room.ticket.room_id)):
+            age_s, lasted_s = now - room.opened_at, now - room.changed_at
+            words = (
+                f"{taken.words}, {age_s:.3f} s after the room was opened and {lasted_s:.3f} s after it was {room.state}"
+            )
+        self.note(entry, RESTORED, BOOTSTRAP, message=words)
+
+    def brought_back(self, entry: Kept, epoch: int) -> None:
+        """A room came with its router, for the store did not have it. `epoch` is that of its owner from now on."""
+        ticket = entry.room.ticket
+        if taken := self._takeovers.get(shard_of_room(ticket.room_id)):
+            words = f"{taken.words}, who had not written the room to the store yet; its router brought it back"
+        else:
+            words = (
+                f"an earlier bootstrap had opened it in epoch {ticket.epoch}; its router brought it to epoch {epoch}"
+            )
+        self.note(entry, RESTORED, ROUTER, message=words)
 
     def refused(self, wanted: pb.OpenRoom, reason: str, message: str) -> None:
         """A room was not opened."""
@@ -178,6 +229,19 @@ class Journal:
         losses = bounded(self._losses, worker_id, lambda: deque[Loss](maxlen=MAX_LOSSES), self._history)
         losses.append(Loss(now, message, silent_s))
 
+    def took_over(self, shard: int, words: str) -> None:
+        """A shard is ours that was another's."""
+        self._takeovers[shard] = Takeover(self._now(), words)
+
+    def store_lost(self, for_s: float) -> None:
+        """Nothing could be written for so long, and cannot be now."""
+        self._outages.append(Outage(self._now() - for_s))
+
+    def store_back(self) -> None:
+        """What waited is being written."""
+        if self._outages:
+            self._outages[-1].until = self._now()
+
     # ---------------------------------------------------------------------------------- questions
 
     def refusals_of(self, request_id: str) -> list[Refused]:
@@ -189,6 +253,13 @@ class Journal:
     def loss_of(self, worker_id: str, since: float, until: float) -> Loss | None:
         """The first end of a life of the worker in that time."""
         return next((loss for loss in self._losses.get(worker_id, ()) if since <= loss.at <= until), None)
+
+    def takeover_of(self, shard: int) -> Takeover | None:
+        return self._takeovers.get(shard)
+
+    def outages(self, since: float, until: float) -> list[Outage]:
+        """Those of the store that fall into that time."""
+        return [outage for outage in self._outages if outage.since <= until and since <= (outage.until or until)]
 
     def figures(self, worker_id: str) -> Figures | None:
         """The worker at this moment."""
@@ -210,10 +281,21 @@ class Journal:
         for _, watcher in self._watchers:
             watcher.close()
 
-    def _add(self, entry: Kept, event: str, by: str, reason: str, message: str, refusal: Refusal | None) -> None:
+    def _add(
+        self,
+        entry: Kept,
+        event: str,
+        by: str,
+        reason: str,
+        message: str,
+        refusal: Refusal | None = None,
+        transfer: types.TransferStats | None = None,
+    ) -> None:
         room = entry.room
         prefill, decode = self._figures(room.prefill_worker_id), self._figures(room.decode_worker_id)
-        moment = Moment(self._now(), event, by, room.state, prefill, decode, reason, message, refusal)
+        moment = Moment(
+            self._now(), event, by, room.state, prefill, decode, reason, message, refusal, transfer=transfer
+        )
         entry.timeline.add(moment)
         for wanted, watcher in self._watchers:
             if matches(room, wanted):

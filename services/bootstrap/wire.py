@@ -24,15 +24,20 @@ def room_event_from(event: pb.WorkerEvent) -> machine.Event | None:
         case "transferring":
             return machine.Transferring(ticket_from(event.transferring.ticket))
         case "transferred":
-            return machine.Transferred(ticket_from(event.transferred.ticket))
+            transferred = event.transferred
+            return machine.Transferred(ticket_from(transferred.ticket), transfer_of(transferred))
         case "failed":
             failed = event.failed
             return machine.RoomFailed(ticket_from(failed.ticket), failed.reason, failed.message)
         case "quiet":
-            return machine.Quiet(ticket_from(event.quiet.ticket))
+            return machine.Quiet(ticket_from(event.quiet.ticket), transfer_of(event.quiet))
         case "fenced":
             return machine.Fenced(ticket_from(event.fenced.ticket))
     return None
+
+
+def transfer_of(event: pb.RoomTransferred | pb.RoomQuiet) -> types.TransferStats | None:
+    return event.transfer if event.HasField("transfer") else None
 
 
 def state_to(state: machine.State) -> types.RoomState.ValueType:
@@ -141,6 +146,7 @@ def moment_to(moment: Moment) -> pb.Moment:
         count=moment.times,
         prefill=figures_to(moment.prefill),
         decode=figures_to(moment.decode),
+        transfer=moment.transfer,
     )
     set_time(message.at, moment.at)
     return message

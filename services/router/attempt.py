@@ -84,7 +84,8 @@ class Attempt:
         """See the class."""
         try:
             if self.route.prefill is not None:
-                self._ticket = await session.open_room(self._open_room(), OPEN_TIMEOUT_S)
+                room = self._open_room()
+                self._ticket = session.begin_room(room) or await session.open_room(room, OPEN_TIMEOUT_S)
                 rooms.add(self._ticket.room_id, self)
             self._start_legs()
             await self._done

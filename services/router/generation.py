@@ -29,6 +29,7 @@ WORTH_A_RETRY = frozenset(
         Reason.DRAINING,
         Reason.WORKER_LOST,
         Reason.TRANSFER_FAILED,
+        Reason.CHECKSUM_MISMATCH,
     }
 )
 
