@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,3 +60,63 @@ def resident_mib(pid: int) -> float:
     """Memory of a process."""
     (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) / 1024
+
+
+@contextmanager
+def mesh(*flags: str) -> Iterator[str]:
+    """`pdmesh up FLAGS` on free ports until the block ends. Yields the URL of its router."""
+    with tempfile.TemporaryDirectory() as folder:
+        status = Path(folder, "status.json")
+        ports = ("--port", "0", "--grpc-port", "0", "--bootstrap-port", "0", "--status-file", str(status))
+        command = [sys.executable, "-m", "common.cli.main", "up", "--log-level", "warning", *ports, *flags]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            wait_until(lambda: status.exists() or process.poll() is not None, "the mesh did not come up")
+            if not status.exists():
+                raise SystemExit(f"pdmesh up ended with {process.returncode}")
+            (router,) = (entry for entry in json.loads(status.read_text()) if entry["role"] == "router")
+            yield f"http://{router['http']}"
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+
+
+@contextmanager
+def peer(command: str, url: str) -> Iterator[str]:
+    """Another system, started by a shell command, until the block ends. Yields `url` once it lists a model.
+
+    The command stays in the foreground; all that it started is ended with it.
+    """
+    process = subprocess.Popen(["bash", "-c", command], stdout=subprocess.DEVNULL, start_new_session=True)
+
+    def answers() -> bool:
+        if process.poll() is not None:
+            raise SystemExit(f"`{command}` ended with {process.returncode}")
+        with suppress(OSError, ValueError, LookupError):
+            return bool(first_model(url))
+        return False
+
+    try:
+        wait_until(answers, f"no answer from {url}")
+        yield url
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_S)
+
+
+def first_model(url: str) -> str:
+    """The first model that a front door lists."""
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as answer:
+        return str(json.load(answer)["data"][0]["id"])
+
+
+def wait_until(condition: Callable[[], bool], failure: str, timeout_s: float = 180.0) -> None:
+    """Poll until `condition` holds. Raises `SystemExit` with `failure` after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SystemExit(failure)
+        time.sleep(0.1)
