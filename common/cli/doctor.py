@@ -1,4 +1,7 @@
-"""Shows what this machine has for a mesh: Python, processor, devices, transfer engines, etcd, packages, ports."""
+"""Shows what this machine has for a mesh: Python, processor, devices, transfer engines, etcd, packages, ports.
+
+With --transfer it measures the transfer engines between two processes, in a few seconds, and says which one to use.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+from common.cli import doctor_transfer
 from common.config.bootstrap import DEFAULT_BOOTSTRAP_PORT
+from common.config.flags import add_flags
 from common.errors.base import MeshError
 
 PACKAGES = (
@@ -27,9 +32,13 @@ Findings = dict[str, str]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="for programs instead of people")
+    parser.add_argument("--transfer", action="store_true", help="measure the transfer engines")
+    add_flags(parser, doctor_transfer.ProbeConfig)
 
 
 def run(parsed: argparse.Namespace) -> int:
+    if parsed.transfer:
+        return doctor_transfer.run(parsed)
     report = {title: look() for title, look in SECTIONS.items()}
     if parsed.json:
         print(json.dumps(report, indent=2))

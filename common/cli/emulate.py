@@ -52,6 +52,8 @@ def run(parsed: argparse.Namespace) -> int:
     given = argparse.Namespace(**{**vars(parsed), "engine": "emulated", "port": 0})
     given.model_path = emulate.model_path or str(default_model_path())
     config = resolve(WorkerConfig, given, file_of=(EmulateConfig,))
+    if config.advertised[1]:
+        raise bad("--advertise-address: many workers cannot share a port; give the host alone")
     log.set_up(config.log, "emulate")
     raise_descriptor_limit()
     loop.run(lambda stop: serve(emulate, config, stop))
@@ -87,16 +89,12 @@ async def tell_when_ready(fronts: list[LocalFront[Any]]) -> None:
 def make_front(role: str, config: WorkerConfig) -> LocalFront[Any]:
     """One worker. The services are imported here: a command must not make `pdmesh --help` slow."""
     if role == "prefill":
-        from services.prefill import rank as prefill_rank
         from services.prefill.service import ROLE
 
-        return LocalFront(ROLE, config, prefill_rank.make)
-    from services.decode import rank, unified_rank
+        return LocalFront(ROLE, config)
     from services.decode.service import DECODE, UNIFIED
 
-    if role == "decode":
-        return LocalFront(DECODE, config, rank.make)
-    return LocalFront(UNIFIED, config, unified_rank.make)
+    return LocalFront(DECODE if role == "decode" else UNIFIED, config)
 
 
 def raise_descriptor_limit() -> None:

@@ -58,6 +58,8 @@ def show(answer: pb.ExplainResponse) -> None:
         if len(answer.rooms) > 1:
             out.print(escape(explained.summary), soft_wrap=True)
         out.print(tables.timeline_table(explained.timeline))
+        if explained.HasField("transfer"):
+            out.print(escape(tables.transfer_words(explained.transfer)), soft_wrap=True)
         if explained.pending:
             out.print(f"[yellow]{escape(explained.pending)}[/]", soft_wrap=True)
         if explained.timeline.dropped:

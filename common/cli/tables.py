@@ -92,6 +92,20 @@ def timeline_table(timeline: pb.Timeline) -> Table:
     return table
 
 
+def transfer_words(transfer: types.TransferStats) -> str:
+    """How a room's pages travelled, in a line."""
+    pieces = "piece" if transfer.descriptors == 1 else "pieces"
+    took, queued, hidden, exposed = (
+        f"{duration.ToNanoseconds() / 1e9:.4f} s"
+        for duration in (transfer.duration, transfer.queued, transfer.hidden, transfer.exposed)
+    )
+    rate = f" ({transfer.bytes_per_second / 1e6:,.1f} MB/s)" if transfer.bytes_per_second else ""
+    return (
+        f"{transfer.bytes / 1e6:,.3f} MB in {transfer.descriptors} {pieces} by {transfer.backend} in {took}{rate}, "
+        f"{hidden} of it while the prompt was computed; {queued} in the queue; done {exposed} after the prompt"
+    )
+
+
 def figures(worker: pb.WorkerFigures | None) -> str:
     """A worker's load in a few words."""
     if worker is None:

@@ -21,7 +21,7 @@ from common.rpc import loop
 from services.router.config import RouterConfig
 
 # Settings that `up` gives each process itself.
-OWN = ("bootstrap", "worker-id", "metrics-port")
+OWN = ("bootstrap", "worker-id", "metrics-port", "advertise-address")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -41,6 +41,7 @@ class Reason(StrEnum):
     INTERNAL = "INTERNAL"
     UNIMPLEMENTED = "UNIMPLEMENTED"
     NOT_OWNER = "NOT_OWNER"
+    CHECKSUM_MISMATCH = "CHECKSUM_MISMATCH"
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ STATUS: dict[Reason, Status] = {
     Reason.INTERNAL: Status("INTERNAL", 500),
     Reason.UNIMPLEMENTED: Status("UNIMPLEMENTED", 501),
     Reason.NOT_OWNER: Status("UNAVAILABLE", 503, retryable=True),
+    Reason.CHECKSUM_MISMATCH: Status("UNAVAILABLE", 503, retryable=True),
 }
 
 

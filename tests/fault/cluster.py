@@ -22,6 +22,7 @@ from common.rpc.announce import READY_FD, Listening, parse
 from common.rpc.status import error_from
 from services.bootstrap.store.etcd_server import find_etcd, free_port, is_healthy
 from tests.mesh.harness import Client, Result, pages_of, wait_until
+from tests.mesh.reflect import ask
 
 SOAK = os.environ.get("PDMESH_SOAK", "") not in ("", "0")
 STOP_TIMEOUT_S = 15.0
@@ -99,6 +100,18 @@ class Cluster:
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def rooms(self, bootstrap: str = "bootstrap-0", **wanted: Any) -> list[dict[str, Any]]:
+        """Rooms as an operator sees them, newest first, such as those of `workerId`."""
+        address = str(self.services[bootstrap].listening.grpc)
+        rooms: list[dict[str, Any]] = ask(address, "ListRooms", pageSize=1000, **wanted).get("rooms", [])
+        return rooms
+
+    def explained(self, room: dict[str, Any], bootstrap: str = "bootstrap-0") -> dict[str, Any]:
+        """What `Explain` says of a room: `summary`, `reason` (absent when nothing failed), `pending`."""
+        address = str(self.services[bootstrap].listening.grpc)
+        (explained,) = ask(address, "Explain", roomId=room["ticket"]["roomId"])["rooms"]
+        return dict(explained)
 
     def at_rest(self) -> bool:
         """Whether no page of any worker is reserved, in use or quarantined."""

@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +71,27 @@ def check_that_none_was_lost(mesh: Cluster, fault: Fault) -> None:
     wait_until(mesh.at_rest, 60, "the ledgers are at rest")
 
 
+def check_explanations_of_takeover(mesh: Cluster) -> None:
+    """bootstrap-1 has taken bootstrap-0's shards over, and says so of rooms of before and of right after."""
+    rooms = mesh.rooms("bootstrap-1")
+    first, last = (min(epoch_of(room) for room in rooms), max(epoch_of(room) for room in rooms))
+    assert first < last, "no room came with a shard, or none was opened in one since"
+    gone = mesh.services["bootstrap-0"].listening.grpc
+    restored = next(room for room in rooms if epoch_of(room) == first)
+    later = [room for room in rooms if epoch_of(room) == last][-1]
+    for room in (restored, later):
+        said = mesh.explained(room, "bootstrap-1")
+        assert "reason" not in said, said
+        assert said["summary"].startswith("The hand-over succeeded in")
+        assert f" took over from replica {first:x} at {gone}, epoch {first}" in said["summary"]
+    assert mesh.explained(restored, "bootstrap-1")["timeline"]["moments"][0]["event"] == "Restored"
+
+
+def epoch_of(room: dict[str, Any]) -> int:
+    """That of the claim under which the room was opened."""
+    return int(room["ticket"]["epoch"])
+
+
 def test_a_replica_is_killed(tmp_path: Path) -> None:
     with etcd(tmp_path) as store, cluster(tmp_path) as mesh:
         mesh.start_mesh(start_replicas(mesh, store.store, 2), MODEL)
@@ -81,6 +103,7 @@ def test_a_replica_is_killed(tmp_path: Path) -> None:
 
         check_that_none_was_lost(mesh, kill_one)
         assert shards_of(mesh, "bootstrap-1") == SHARDS
+        check_explanations_of_takeover(mesh)
 
 
 def test_replicas_are_killed_by_turns(tmp_path: Path) -> None:
@@ -126,12 +149,20 @@ def test_etcd_stops_and_comes_back(tmp_path: Path) -> None:
     with etcd(tmp_path) as store, cluster(tmp_path) as mesh:
         mesh.start_mesh(start_replicas(mesh, store.store, 2), MODEL)
 
+        def check_explanations(words: str) -> None:
+            for replica in ("bootstrap-0", "bootstrap-1"):
+                said = mesh.explained(mesh.rooms(replica)[0], replica)
+                assert words in said["summary"], said
+                assert "reason" not in said, said
+
         async def stop_for_a_while() -> None:
             store.kill()
             await asyncio.sleep(AWAY_S)
+            await asyncio.to_thread(check_explanations, "The store is out of reach since")
             await asyncio.to_thread(store.start)
 
         check_that_none_was_lost(mesh, stop_for_a_while)
+        check_explanations("The store was out of reach for")
         assert not under_load(mesh, None).failures()
 
 

@@ -142,6 +142,10 @@ def test_a_worker_is_killed_under_load(mesh: Mesh, victim: str, part: str) -> No
     assert len(failures) <= 2 * CONCURRENCY, "about those that were running there"
     survivors = [name for name in mesh.names() if name != victim]
     mesh.check_ledgers(*survivors)
+    for room in mesh.cluster.rooms(workerId=victim, state="ROOM_STATE_FAILED")[:3]:
+        said = mesh.cluster.explained(room)
+        assert said["reason"] == "WORKER_LOST", said
+        assert f"{victim} is gone" in said["summary"]
 
     mesh.start(victim)
     mesh.wait_for_all()
@@ -165,10 +169,21 @@ def test_a_prefill_worker_stops_in_the_middle_of_its_writes(slow: Mesh, ending: 
     def lost() -> bool:
         return slow.record("prefill-0").state == types.WORKER_STATE_OFFLINE
 
+    def check_explanations() -> None:
+        failed = slow.cluster.rooms(workerId="prefill-0", state="ROOM_STATE_FAILED")
+        written = next(room for room in failed if room.get("quarantined"))
+        said = slow.cluster.explained(written)
+        assert said["reason"] == "WORKER_LOST"
+        assert "prefill-0 is gone" in said["summary"]
+        assert "no sign of life" in said["summary"]
+        assert "prefill-0 is gone, and decode-" in said["pending"]
+        assert said["pending"].endswith("has not fenced it off yet.")
+
     async def stop() -> None:
         os.killpg(service.pid, signal.SIGSTOP)
         await until(lost, "bootstrap has given it up")
         await until(lambda: slow.quarantined() > 0, "what it was granted is in quarantine")
+        await asyncio.to_thread(check_explanations)
         for _ in range(5):  # it stays there while others work
             await asyncio.sleep(HEARTBEAT_S)
             assert slow.quarantined() > 0

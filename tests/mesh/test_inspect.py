@@ -3,175 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import re
 import signal
 import subprocess
-import sys
-import sysconfig
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
 import pytest
 
 from common.errors.base import MeshError, Reason
-from common.mesh.router_session import RouterSession
 from common.mesh.ticket import Ticket
 from common.mesh.wire import ticket_to
-from common.rpc.channel import connect
 from pdmesh.v1 import bootstrap_service_pb2 as pb
 from pdmesh.v1 import bootstrap_service_pb2_grpc as bootstrap_grpc
 from pdmesh.v1 import decode_service_pb2 as decode_pb
 from pdmesh.v1 import decode_service_pb2_grpc as decode_grpc
-from pdmesh.v1 import router_service_pb2 as router_pb
 from pdmesh.v1 import types_pb2 as types
-from tests.mesh.harness import Client
-from tests.mesh.processes import Services, services
+from tests.mesh.inspected import PATIENCE_S, SLOW_DECODE, TINY_POOL, Mesh, channel_to, opened, ready, until
+from tests.mesh.processes import services
+from tests.mesh.reflect import Refused, seconds_of
 
 pytestmark = [pytest.mark.mesh, pytest.mark.fault, pytest.mark.slow]
-
-BUF = Path(sysconfig.get_path("scripts")) / "buf"
-PATIENCE_S = 30.0
-PROMPT = list(range(3, 43))  # 40 tokens, 3 pages
-BEATS = ("--disaggregation-heartbeat-interval", "0.3", "--disaggregation-heartbeat-max-failure", "60")
-SLOW_DECODE = "[decode]\nbase_s = 0.05\n"
-TINY_POOL = ("--max-total-tokens", "512")  # 32 pages
-
-
-class Mesh(Services):
-    """What this file asks of a mesh."""
-
-    def call(self, method: str, **request: Any) -> dict[str, Any]:
-        """Call bootstrap as a person would. Raises `Refused`."""
-        url = f"http://{self['bootstrap'].grpc}/pdmesh.v1.BootstrapService/{method}"
-        command = [BUF, "curl", "--protocol", "grpc", "--http2-prior-knowledge", "-d", json.dumps(request), url]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        if ended.returncode:
-            raise Refused(json.loads(ended.stderr))
-        answer: dict[str, Any] = json.loads(ended.stdout)
-        return answer
-
-    def pdmesh(self, *arguments: str) -> str:
-        """What one of the operator's commands prints."""
-        command = [sys.executable, "-m", "common.cli.main", *arguments, "--bootstrap", self["bootstrap"].grpc]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-
-    def whole(self, *flags: str, decode: Sequence[str] = (), router: Sequence[str] = ()) -> None:
-        """A bootstrap with `flags`, a worker of each kind, and a router; not ready yet."""
-        self.bootstrap(*BEATS, *flags)
-        self.worker("prefill", "prefill-0")
-        self.worker("decode", "decode-0", *decode)
-        self.router(*router)
-
-    def profile(self, name: str, text: str) -> tuple[str, str]:
-        path = self.folder / f"{name}.toml"
-        path.write_text(text)
-        return "--emulated-profile", str(path)
-
-    def ask(self, request_id: str, *, timeout_s: float = 60, **sampling: Any) -> Asked:
-        """Send a request of long life through the router."""
-        return Asked(self["router"].grpc, request_id, timeout_s, sampling)
-
-    async def room(self, request_id: str, *states: str) -> dict[str, Any]:
-        """The request's room, once it is in one of `states`."""
-
-        def found() -> dict[str, Any] | None:
-            rooms = self.call("ListRooms", requestId=request_id).get("rooms", [])
-            return next((room for room in rooms if room["state"].removeprefix("ROOM_STATE_") in states), None)
-
-        return await until(found)
-
-    async def explained(self, request_id: str, *words: str) -> tuple[str, str]:
-        """The sentence and the reason, once the room has ended and the sentence has all `words` in it."""
-        said: dict[str, Any] = {}
-
-        def has_them() -> bool:
-            said.update(self.call("Explain", requestId=request_id))
-            return not said["summary"].startswith("Under way") and all(word in said["summary"] for word in words)
-
-        try:
-            await until(has_them, 10)
-        except TimeoutError:
-            raise AssertionError(f"{words} are not in: {json.dumps(said, indent=1)[:4000]}") from None
-        return said["summary"], said.get("reason", "")
-
-
-class Refused(Exception):
-    """A call was refused; `code` is gRPC's."""
-
-    def __init__(self, said: dict[str, Any]) -> None:
-        super().__init__(said["message"])
-        self.code, self.message = said["code"], said["message"]
-
-
-class Asked:
-    """A running request. Leave it as a context to give it up."""
-
-    def __init__(self, address: str, request_id: str, timeout_s: float, sampling: dict[str, Any]) -> None:
-        given = types.SamplingParams(max_new_tokens=1500, ignore_eos=True)
-        given.MergeFrom(types.SamplingParams(**sampling))
-        request = router_pb.GenerateRequest(request_id=request_id, sampling=given, stream=True)
-        request.token_ids.ids.extend(PROMPT)
-        self.client = Client(address)
-        self.call: Any = self.client.router.Generate(request, timeout=timeout_s, wait_for_ready=True)
-
-    async def __aenter__(self) -> Asked:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        self.call.cancel()
-        await self.client.channel.close()
-
-    async def first_token(self) -> None:
-        assert (await self.call.read()).token_ids
-
-    async def rest(self) -> list[router_pb.GenerateResponse]:
-        """What is still to come."""
-        answers = []
-        while (answer := await self.call.read()) is not grpc.aio.EOF:
-            answers.append(answer)
-        return answers
-
-    async def failure(self) -> grpc.StatusCode:
-        """How it ends; whatever comes before is passed over."""
-        async with asyncio.timeout(PATIENCE_S):
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                await self.rest()
-            code: grpc.StatusCode = await self.call.code()
-        assert code is not grpc.StatusCode.OK, "it did not fail"
-        return code
 
 
 @pytest.fixture
 def mesh(tmp_path: Path) -> Iterator[Mesh]:
     with services(tmp_path, Mesh) as mesh:
         yield mesh
-
-
-async def until(find: Any, patience_s: float = PATIENCE_S) -> Any:
-    """What `find` finds, which may block for a moment."""
-    async with asyncio.timeout(patience_s):
-        while True:
-            if found := await asyncio.to_thread(find):
-                return found
-            await asyncio.sleep(0.05)
-
-
-async def ready(mesh: Mesh, *workers: str) -> None:
-    """Wait until the workers have registered and the router, if there is one, can serve."""
-
-    def is_ready() -> bool:
-        known = {worker["workerId"] for worker in mesh.call("ListWorkers").get("workers", [])}
-        if not known >= set(workers or ("prefill-0", "decode-0")):
-            return False
-        return "router" not in mesh.by_name or httpx.get(f"http://{mesh['router'].listening.http}/ready").is_success
-
-    await until(is_ready)
 
 
 # ------------------------------------------------------------------------------------------ faults
@@ -399,9 +261,16 @@ async def test_lists_filters_and_the_watch(mesh: Mesh) -> None:
         assert not mesh.call("ListRooms", requestId="seen", **filters).get("rooms")
     ledgers = mesh.call("GetLedger")["workers"]
     assert [ledger["workerId"] for ledger in ledgers] == ["decode-0", "prefill-0"]
-    assert all(ledger["ledger"]["free"] == ledger["pages"] for ledger in ledgers)
+    for told in ledgers:
+        assert told["ledger"]["free"] + told["ledger"].get("cached", 0) == told["pages"], told
     _, reason = await mesh.explained("seen", "The hand-over succeeded in")
     assert reason == ""
+    (explained,) = mesh.call("Explain", requestId="seen")["rooms"]
+    transfer = explained["transfer"]
+    assert (transfer["backend"], transfer["descriptors"]) == ("emulated", 1)
+    assert int(transfer["bytes"]) > 0
+    assert all(seconds_of(transfer[name]) >= 0 for name in ("duration", "queued", "hidden", "exposed"))
+    assert [m["event"] for m in explained["timeline"]["moments"] if "transfer" in m] == ["Transferred"]
     for request in ({}, {"requestId": "never", "roomId": "both"}):
         with pytest.raises(Refused, match="either request_id or room_id"):
             mesh.call("Explain", **request)
@@ -434,27 +303,6 @@ async def test_the_operators_commands(mesh: Mesh) -> None:
 
 
 # ------------------------------------------------------------------------------------------ past the router
-
-
-@asynccontextmanager
-async def channel_to(address: str) -> AsyncIterator[grpc.aio.Channel]:
-    async with connect(address) as channel:
-        yield channel
-
-
-@asynccontextmanager
-async def opened(mesh: Mesh, request_id: str, prompt_tokens: int) -> AsyncIterator[Ticket]:
-    """A room, opened as a router does."""
-    session = RouterSession(mesh["bootstrap"].grpc)
-    session.start()
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            await session.ready.wait()
-        wanted = pb.OpenRoom(request_id=request_id, attempt=1, prompt_tokens=prompt_tokens)
-        wanted.prefill_worker_id, wanted.decode_worker_id = "prefill-0", "decode-0"
-        yield await session.open_room(wanted, 5)
-    finally:
-        await session.close()
 
 
 def start(sequence_id: int, prompt: list[int], ticket: Ticket | None) -> decode_pb.DecodeCommand:

@@ -10,7 +10,8 @@ import torch
 from common.kvcache.layout import KvLayout
 from common.kvcache.pool import HUGE_PAGE_BYTES, KvPool, allocate_host
 from common.ops.attention.base import Span, make_attention
-from common.ops.attention.torch import PADDING_FREE, QUERY_BLOCK, TorchAttention
+from common.ops.attention.causal import QUERY_BLOCK
+from common.ops.attention.paging import PADDING_FREE, Paging
 from common.ops.linear import make_linear
 
 pytestmark = pytest.mark.unit
@@ -65,7 +66,7 @@ def test_equals_textbook(layer: int) -> None:
 
 
 def test_long_prompts_are_cut_into_blocks_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.ops.attention.torch.MAX_SCORES", 16 * HEADS * (3 * QUERY_BLOCK))
+    monkeypatch.setattr("common.ops.attention.causal.MAX_SCORES", 16 * HEADS * (3 * QUERY_BLOCK))
     torch.manual_seed(0)
     tokens = 3 * QUERY_BLOCK
     pool = KvPool(LAYOUT, LAYOUT.pages_for(tokens))
@@ -75,16 +76,16 @@ def test_long_prompts_are_cut_into_blocks_that_fit(monkeypatch: pytest.MonkeyPat
 
 
 def test_groups_waste_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = TorchAttention(KvPool(LAYOUT, 1), HEADS, SCALE)
+    paging = Paging(KvPool(LAYOUT, 1))
 
     def groups(*ends: int) -> list[tuple[int, int]]:
-        return backend.group([Span(end - 1, 1, []) for end in ends])
+        return paging.group([Span(end - 1, 1, []) for end in ends])
 
     assert groups() == []
     assert groups(*range(100, 60, -1)) == [(0, 40)]
     assert groups(9000, 100, 90) == [(0, 1), (1, 3)]
     assert groups(PADDING_FREE, 1, 1) == [(0, 2), (2, 3)]
-    monkeypatch.setattr("common.ops.attention.torch.MAX_GATHER_BYTES", 250 * KV_HEADS * HEAD_DIM * 4)
+    monkeypatch.setattr("common.ops.attention.paging.MAX_GATHER_BYTES", 250 * KV_HEADS * HEAD_DIM * 4)
     assert groups(100, 100, 100, 100, 100) == [(0, 2), (2, 4), (4, 5)]
 
 

@@ -38,9 +38,9 @@ class Clock:
         return self.now
 
 
-def timed_engine(times: Times, clock: Clock) -> Engine:
+def timed_engine(times: Times, clock: Clock, **settings: bool) -> Engine:
     runner = EmulatedRunner(CONFIG, read_config(ADDER), times, clock=clock)
-    return Engine(runner, PageAllocator(128), CONFIG)
+    return Engine(runner, PageAllocator(128), replace(CONFIG, **settings))
 
 
 def sequence(number: int, length: int = 10, seed: int = 5, **sampling: object) -> Sequence:
@@ -120,7 +120,8 @@ def test_logprobs_are_those_of_a_uniform_distribution() -> None:
 
 def test_a_step_takes_its_time_and_can_be_asked_meanwhile() -> None:
     clock = Clock()
-    engine = timed_engine(Times(PrefillTimes(base_s=1.0, per_token_s=0.1), DecodeTimes(base_s=0.25)), clock)
+    times = Times(PrefillTimes(base_s=1.0, per_token_s=0.1), DecodeTimes(base_s=0.25))
+    engine = timed_engine(times, clock, enable_mixed_chunk=True)
     engine.add(sequence(1, max_new_tokens=2))
     assert engine.step() == StepResult(scheduled=True, wait_s=pytest.approx(2.0))
     clock.now += 1.5

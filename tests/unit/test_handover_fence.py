@@ -165,9 +165,13 @@ def test_a_write_that_failed_is_quiet_only_when_its_peer_is_disconnected(prefill
 def test_a_write_that_ends_well_after_its_room_is_quiet(prefill: Side) -> None:
     handle = write(prefill)
     prefill.handover.on_message(ENDED)
-    prefill.backend.completions.append(Completion(handle, HandleState.DONE))
+    prefill.backend.completions.append(Completion(handle, HandleState.DONE, nbytes=64, descriptors=1))
     prefill.handover.poll()
-    assert prefill.said[-1] == RoomQuiet(TICKET)
+    quiet = prefill.said[-1]
+    assert isinstance(quiet, RoomQuiet)
+    assert quiet.ticket == TICKET
+    assert quiet.transfer, "what had been written is told"
+    assert (quiet.transfer.nbytes, quiet.transfer.descriptors) == (64, 1)
     assert not any(call[0] == "notify" for call in prefill.backend.calls)
 
 

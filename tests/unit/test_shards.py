@@ -41,7 +41,7 @@ def test_no_more_moves_than_it_takes() -> None:
 
 
 def test_a_room_tells_its_shard_and_a_request_has_one() -> None:
-    assert shard_of_room(new_room_id(0x1A2B, 7, 63)) == 63
+    assert shard_of_room(new_room_id(0x1A2B, "7", 63)) == 63
     assert [shard_of_room(name) for name in ("", "none", "a-b-x", "-")] == [-1] * 4
     assert len({shard_of_request(f"request-{n}", 64) for n in range(2000)}) == 64
 

@@ -70,6 +70,19 @@ def test_every_transition_has_its_time_its_cause_and_the_load_of_that_moment() -
     assert third.decode.load.ledger.free == 8
 
 
+def test_how_the_pages_travelled_is_kept_with_the_moment_that_told_it() -> None:
+    mesh, entry = Mesh(), Entry()
+    mesh.apply(entry, machine.Reserved(TICKET, "pages"), "decode-0")
+    assert entry.timeline.transfer is None
+    told = types.TransferStats(backend="local", bytes=4096)
+    mesh.apply(entry, machine.Transferred(TICKET, told), "decode-0")
+    reserved, transferred = entry.timeline.moments
+    assert (reserved.transfer, transferred.transfer) == (None, told)
+    assert entry.timeline.transfer == told
+    assert wire.moment_to(transferred).transfer == told
+    assert not wire.moment_to(reserved).HasField("transfer")
+
+
 def test_repeats_leave_no_trace_and_refusals_are_counted() -> None:
     mesh, entry = Mesh(), Entry()
     mesh.apply(entry, machine.Reserved(TICKET, "pages"), "decode-0")

@@ -11,9 +11,12 @@ from common.mesh.ticket import Ticket
 from pdmesh.v1 import bootstrap_service_pb2 as pb
 from services.bootstrap import timeline
 from services.bootstrap.inspection_cause import Cause, Scene, explain, pending, router_failure
+from services.bootstrap.timeline import Timeline
 from tests.unit.test_timeline import TICKET, Entry, Mesh, opened
 
 pytestmark = pytest.mark.unit
+
+NO_SHARD = -1  # of rooms with a name as in these tests
 
 
 class Story(Mesh):
@@ -239,10 +242,65 @@ def test_a_room_that_was_taken_over_has_at_least_its_record() -> None:
     entry = Entry(
         machine.replace(opened(), state=machine.State.FAILED, reason="WAITING_TIMEOUT", message="no transfer")
     )
-    mesh.journal.note(entry, timeline.RESTORED, timeline.BOOTSTRAP, "WAITING_TIMEOUT", "no transfer")
+    mesh.journal.taken_over(entry)
     cause = explain(Scene(entry, mesh.journal, 200.0, lambda tokens: 1))
     assert cause.reason == "WAITING_TIMEOUT"
     assert cause.sentence == "It had failed before this bootstrap took it over: no transfer."
+
+
+TAKEN = "replica b2 (epoch 9) took over from replica a1 at 127.0.0.1:7001, epoch 7"
+
+
+def test_a_new_owner_says_whence_the_room_came_and_how_it_was() -> None:
+    story = Story().reserve().say(machine.Transferring(TICKET), "prefill-0").after(0.5)
+    story.entry.timeline = Timeline()  # it is the old owner's
+    story.journal.took_over(NO_SHARD, TAKEN)
+    story.journal.taken_over(story.entry)
+    (restored,) = story.entry.timeline.moments
+    assert (restored.event, restored.at, restored.state) == ("Restored", 100.5, machine.State.TRANSFERRING)
+    words = f"{TAKEN}, 0.500 s after the room was opened and 0.500 s after it was TRANSFERRING"
+    assert restored.message == words
+    story.after(0.7).say(machine.Transferred(TICKET), "decode-0")
+    expected = f"The hand-over succeeded in 0.700 s and decode-0 has generated for 0.000 s since. R{words[1:]}."
+    assert story.cause().sentence == expected
+
+
+def test_a_room_that_its_router_brought_back() -> None:
+    story = Story()
+    story.entry.timeline = Timeline()
+    story.journal.brought_back(story.entry, 9)
+    assert story.cause().sentence.endswith(
+        " An earlier bootstrap had opened it in epoch 7; its router brought it to epoch 9."
+    )
+    story.entry.timeline = Timeline()
+    story.journal.took_over(NO_SHARD, TAKEN)
+    story.journal.brought_back(story.entry, 9)
+    assert story.cause().sentence.endswith(
+        f" R{TAKEN[1:]}, who had not written the room to the store yet; its router brought it back."
+    )
+
+
+def test_a_room_that_waited_for_an_owner() -> None:
+    story = Story()
+    story.time = 98.0
+    story.journal.took_over(NO_SHARD, TAKEN)
+    story.time = 100.0
+    assert story.cause().sentence.endswith(f" R{TAKEN[1:]}, 2.0 s before the room was opened.")
+    story.time = 85.0
+    story.journal.took_over(NO_SHARD, TAKEN)
+    assert TAKEN[1:] not in story.after(0.0).cause().sentence, "that was long before"
+
+
+def test_the_store_was_away_while_the_room_lived() -> None:
+    story = Story().reserve().after(1.0)
+    story.journal.store_lost(for_s=0.5)
+    said = story.after(3.0).cause().sentence
+    assert said.endswith("The store is out of reach since 2.5 s: what happens is in this replica's memory alone.")
+    story.success().after(4.0).journal.store_back()
+    assert story.cause().sentence.endswith(
+        "The store was out of reach for 3.5 s at that time: what happened was written later."
+    )
+    assert "store" not in Story().cause().sentence
 
 
 def test_a_retracted_sequence_went_on_elsewhere() -> None:

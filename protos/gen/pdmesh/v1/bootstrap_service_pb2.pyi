@@ -274,21 +274,27 @@ class RoomTransferred(_message.Message):
 
     TICKET_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
     bytes: _builtins.int
     """Bytes that arrived."""
     @_builtins.property
     def ticket(self) -> _types_pb2.Ticket:
         """The room."""
 
+    @_builtins.property
+    def transfer(self) -> _types_pb2.TransferStats:
+        """How they travelled."""
+
     def __init__(
         self,
         *,
         ticket: _types_pb2.Ticket | None = ...,
         bytes: _builtins.int = ...,
+        transfer: _types_pb2.TransferStats | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "ticket", b"ticket", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -333,18 +339,24 @@ class RoomQuiet(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TICKET_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ticket(self) -> _types_pb2.Ticket:
         """The room."""
+
+    @_builtins.property
+    def transfer(self) -> _types_pb2.TransferStats:
+        """What had been written; absent when nothing had."""
 
     def __init__(
         self,
         *,
         ticket: _types_pb2.Ticket | None = ...,
+        transfer: _types_pb2.TransferStats | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1447,6 +1459,7 @@ class Moment(_message.Message):
     COUNT_FIELD_NUMBER: _builtins.int
     PREFILL_FIELD_NUMBER: _builtins.int
     DECODE_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
     event: _builtins.str
     """The event's name, as in the state machine, or Opened, Closed or Restored."""
     by: _builtins.str
@@ -1475,6 +1488,10 @@ class Moment(_message.Message):
     def decode(self) -> Global___WorkerFigures:
         """The decode worker at that time; absent when it was not known."""
 
+    @_builtins.property
+    def transfer(self) -> _types_pb2.TransferStats:
+        """How the room's pages had travelled until then; with Transferred and Quiet."""
+
     def __init__(
         self,
         *,
@@ -1489,10 +1506,11 @@ class Moment(_message.Message):
         count: _builtins.int = ...,
         prefill: Global___WorkerFigures | None = ...,
         decode: Global___WorkerFigures | None = ...,
+        transfer: _types_pb2.TransferStats | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "decode", b"decode", "prefill", b"prefill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "decode", b"decode", "prefill", b"prefill", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "by", b"by", "count", b"count", "decode", b"decode", "event", b"event", "message", b"message", "prefill", b"prefill", "reason", b"reason", "refusal", b"refusal", "refused", b"refused", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "by", b"by", "count", b"count", "decode", b"decode", "event", b"event", "message", b"message", "prefill", b"prefill", "reason", b"reason", "refusal", b"refusal", "refused", b"refused", "state", b"state", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1805,6 +1823,7 @@ class ExplainedRoom(_message.Message):
     SUMMARY_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     PENDING_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
     summary: _builtins.str
     """The first cause of its failure or long wait, or how it went, in one sentence."""
     reason: _builtins.str
@@ -1819,6 +1838,10 @@ class ExplainedRoom(_message.Message):
     def timeline(self) -> Global___Timeline:
         """What happened to it."""
 
+    @_builtins.property
+    def transfer(self) -> _types_pb2.TransferStats:
+        """How its pages travelled; absent while that is not known, and after a change of owner."""
+
     def __init__(
         self,
         *,
@@ -1827,10 +1850,11 @@ class ExplainedRoom(_message.Message):
         summary: _builtins.str = ...,
         reason: _builtins.str = ...,
         pending: _builtins.str = ...,
+        transfer: _types_pb2.TransferStats | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["room", b"room", "timeline", b"timeline"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["room", b"room", "timeline", b"timeline", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pending", b"pending", "reason", b"reason", "room", b"room", "summary", b"summary", "timeline", b"timeline"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pending", b"pending", "reason", b"reason", "room", b"room", "summary", b"summary", "timeline", b"timeline", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -84,6 +84,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The call exists, but does nothing yet."""
     ERROR_REASON_NOT_OWNER: _ErrorReason.ValueType  # 30
     """Another replica of bootstrap owns the room's shard, or none does yet."""
+    ERROR_REASON_CHECKSUM_MISMATCH: _ErrorReason.ValueType  # 31
+    """The pages that arrived are not those that prefill had."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused or a request failed."""
@@ -150,4 +152,6 @@ ERROR_REASON_UNIMPLEMENTED: ErrorReason.ValueType  # 29
 """The call exists, but does nothing yet."""
 ERROR_REASON_NOT_OWNER: ErrorReason.ValueType  # 30
 """Another replica of bootstrap owns the room's shard, or none does yet."""
+ERROR_REASON_CHECKSUM_MISMATCH: ErrorReason.ValueType  # 31
+"""The pages that arrived are not those that prefill had."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -991,3 +991,61 @@ class Writer(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Writer: _TypeAlias = Writer  # noqa: Y015
+
+@_typing.final
+class TransferStats(_message.Message):
+    """How the pages of a room travelled, all chunks together, as the prefill worker measured it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BACKEND_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    DESCRIPTORS_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    HIDDEN_FIELD_NUMBER: _builtins.int
+    EXPOSED_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    backend: _builtins.str
+    """The transfer backend, such as local."""
+    bytes: _builtins.int
+    """Bytes that arrived."""
+    descriptors: _builtins.int
+    """Pieces that the backend's engine was given."""
+    bytes_per_second: _builtins.float
+    """Effective bandwidth: `bytes` by `duration`."""
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """In which pages were being written."""
+
+    @_builtins.property
+    def queued(self) -> _duration_pb2.Duration:
+        """That chunks waited for their turn to be written."""
+
+    @_builtins.property
+    def hidden(self) -> _duration_pb2.Duration:
+        """Of `duration`, before the prompt was computed to its end: hidden behind compute."""
+
+    @_builtins.property
+    def exposed(self) -> _duration_pb2.Duration:
+        """From the end of the prompt's compute to the end of the last write."""
+
+    def __init__(
+        self,
+        *,
+        backend: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+        descriptors: _builtins.int = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        queued: _duration_pb2.Duration | None = ...,
+        hidden: _duration_pb2.Duration | None = ...,
+        exposed: _duration_pb2.Duration | None = ...,
+        bytes_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "exposed", b"exposed", "hidden", b"hidden", "queued", b"queued"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bytes", b"bytes", "bytes_per_second", b"bytes_per_second", "descriptors", b"descriptors", "duration", b"duration", "exposed", b"exposed", "hidden", b"hidden", "queued", b"queued"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferStats: _TypeAlias = TransferStats  # noqa: Y015
