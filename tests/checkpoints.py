@@ -134,9 +134,8 @@ def scale_attention(model: Any, factor: float) -> None:
         for layer in model.model.layers:
             attention = layer.self_attn
             attention.o_proj.weight.mul_(2)
-            if hasattr(attention, "kv_b_proj"):  # keys and values alike
+            if hasattr(attention, "kv_b_proj"):
                 (attention.q_proj or attention.q_b_proj).weight.mul_(factor)
-                attention.kv_b_proj.weight.mul_(factor)
                 continue
             if hasattr(attention, "q_norm"):
                 attention.q_norm.weight.mul_(factor)

@@ -304,9 +304,10 @@ def test_rows_follow_the_chunks(tmp_path: Path) -> None:
     assert runner.run(chunks[:1]).shape == (0, VOCAB)
 
 
-def test_an_overwritten_page_changes_the_output(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make_config", [llama, deepseek_v3])
+def test_an_overwritten_page_changes_the_output(make_config: Callable[[], PreTrainedConfig], tmp_path: Path) -> None:
     """The control: the models of these tests do depend on every page."""
-    make_model(llama(), tmp_path)
+    make_model(make_config(), tmp_path)
     runner = load_runner(tmp_path)
     pool = KvPool(runner.layout, PAGES)
     runner.attach_pool(pool)

@@ -1,4 +1,4 @@
-"""Dispatch for a rank that has its tokens and all their experts: no token travels.
+"""Dispatch among ranks that all have all the tokens, so that no token travels: only the sums do.
 
 Shape suffixes: see `base`.
 """
@@ -8,13 +8,28 @@ from __future__ import annotations
 import torch
 
 from common.dist.dispatch.base import OwnedExperts
+from common.dist.group import Group
 
 
-def dispatch_local(
+class ReplicatedDispatch:
+    """Every rank computes what it has of the experts, whole ones or a part of each; the group adds it up.
+
+    See `common.dist.dispatch.base.ExpertDispatch`. A rank that is alone has everything.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def __call__(
+        self, x_TE: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor, experts: OwnedExperts
+    ) -> torch.Tensor:
+        return self.group.all_reduce(owned_sums(x_TE, expert_TK, weight_TK, experts))
+
+
+def owned_sums(
     x_TE: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor, experts: OwnedExperts
 ) -> torch.Tensor:
-    """See `ExpertDispatch`. Experts that this rank does not own add nothing: with tokens that are the same on every
-    rank, the sum over the ranks is the whole."""
+    """Each token's weighted sum over those of its experts that this rank owns, `[T, E]`."""
     tokens, top_k = expert_TK.shape
     expert_N = expert_TK.flatten() - experts.first
     expert_N = expert_N.where((expert_N >= 0) & (expert_N < experts.count), experts.count)
