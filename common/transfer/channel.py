@@ -376,6 +376,8 @@ def _listen(address: Address) -> socket.socket:
     """Raises `TransferError`."""
     internet = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     listener = socket.socket(socket.AF_UNIX if isinstance(address, str) else internet, socket.SOCK_STREAM)
+    if not isinstance(address, str):  # the port of a process that has ended may be taken at once
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
         listener.listen()

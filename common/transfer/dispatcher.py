@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from common.transfer.base import Handle, HandleState, TransferError
-from common.transfer.runs import Pieces
+from common.transfer.base import Completion, Handle, HandleState, TransferError
+from common.transfer.runs import LENGTH, Pieces
 
 GiveUp = Callable[[], bool]
 
@@ -30,17 +30,34 @@ class Writer(Protocol):
 
 @dataclass(eq=False)
 class Transfer:
-    """A submitted transfer. `ended` is set once, by whoever ends it first: the writer, the clock or a loss."""
+    """A submitted transfer. `ended` is set once, by whoever ends it first: the writer, the clock or a loss.
+
+    `begun` is when its turn to be written came; it waits until then.
+    """
 
     handle: Handle
     pieces: Pieces
     timeout_s: float
     submitted: float = field(default_factory=time.monotonic)
+    begun: float | None = None
     ended: bool = False
 
     @property
     def deadline(self) -> float:
         return self.submitted + self.timeout_s
+
+    def completion(self, state: HandleState, error: str) -> Completion:
+        """How it ended, just now."""
+        now = time.monotonic()
+        return Completion(
+            self.handle,
+            state,
+            error,
+            seconds=now - self.submitted,
+            queued_s=(now if self.begun is None else min(self.begun, now)) - self.submitted,
+            nbytes=int(self.pieces[:, LENGTH].sum()),
+            descriptors=len(self.pieces),
+        )
 
 
 class PeerQueue(Protocol):
@@ -90,6 +107,7 @@ class Dispatcher:
                     continue
                 try:
                     writer = writer or self._open_writer()
+                    transfer.begun = time.monotonic()
                     self._write(writer, transfer)
                 except Exception as error:  # an engine raises what it likes, and every handle must end
                     self._finish(transfer, HandleState.FAILED, _sentence(error))

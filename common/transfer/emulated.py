@@ -89,7 +89,8 @@ class Wire:
         config = self._endpoint.config
         nbytes = int(transfer.pieces[:, LENGTH].sum())
         bytes_s = nbytes / config.bytes_per_s if config.bytes_per_s else 0.0
-        self._free_at = max(self._free_at, transfer.submitted) + bytes_s
+        transfer.begun = max(self._free_at, transfer.submitted)
+        self._free_at = transfer.begun + bytes_s
         self._endpoint.send(transfer, self._free_at + config.latency_s)
 
     def stop(self) -> None:

@@ -222,8 +222,7 @@ class Endpoint(ABC):
                 return
             transfer.ended = True
             del self._transfers[transfer.handle]
-            seconds = time.monotonic() - transfer.submitted
-            self._completions.append(Completion(transfer.handle, state, error, seconds))
+            self._completions.append(transfer.completion(state, error))
         self._wake()
 
     # ---------------------------------------------------------------------------------- notifications

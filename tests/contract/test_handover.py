@@ -166,6 +166,13 @@ def test_output_equals_the_oracle_and_all_pages_return(pair: Pair, model: tuple[
     page_bytes = pair.decode.engine.runner.layout.page_bytes
     sent = sum(message.nbytes for message in pair.decode.of(RoomTransferred))
     assert sent == page_bytes * sum(-(-len(answer.prompt_ids) // 16) for answer in answers)
+    for told in [message.transfer for message in pair.decode.of(RoomTransferred)]:
+        assert told.backend == pair.prefill.backend.name
+        assert told.nbytes % page_bytes == 0
+        assert 1 <= told.descriptors <= told.nbytes // page_bytes
+        assert told.seconds > 0
+        assert 0 <= told.hidden_s <= told.seconds <= told.hidden_s + told.exposed_s + 1e-6
+    assert sum(message.transfer.nbytes for message in pair.prefill.of(Prefilled)) == sent
     assert pair.at_rest()
 
 
