@@ -165,4 +165,4 @@ class WorkerConfig:
             what = "--host" if self.advertise_address is None else "--advertise-address"
             raise bad(f"{what}: others cannot reach {host!r}; --advertise-address says how they can")
         if is_loopback(self.host) and not is_loopback(host):
-            raise bad(f"--advertise-address: nobody reaches {host} while --host is {self.host}, which is loopback alone")
+            raise bad(f"--advertise-address: nobody reaches {host} while --host is {self.host}, loopback alone")

@@ -254,8 +254,12 @@ class Front(Generic[E]):
         prompt_ids: list[int],
         sampling: pb.SamplingParams,
         output_ids: list[int],
+        writer: pb.Writer | None = None,
     ) -> None:
-        """Begin the router's sequence `number`; `output_ids` are what an earlier attempt generated."""
+        """Begin the router's sequence `number`.
+
+        `output_ids` are what an earlier attempt generated; `writer` is who brings the pages, if another worker does.
+        """
         if not self._accepting:
             failed = SequenceFailed(0, Reason.DRAINING, "the worker is starting or draining")
             session.outbox.put(self.role.to_event(number, failed))
@@ -263,7 +267,7 @@ class Front(Generic[E]):
         sequence_id = self.sessions.add(session, number)
         self._idle.clear()
         if ticket:
-            self._held.started(sequence_id, ticket)
+            self._held.started(sequence_id, ticket, writer)
         self._rank.send(
             StartSequence(
                 sequence_id=sequence_id,

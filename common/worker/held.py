@@ -26,6 +26,7 @@ class Held:
     ticket: types_pb2.Ticket
     phase: pb.HeldPhase.ValueType = pb.HELD_PHASE_WAITING
     reservation: types_pb2.Reservation | None = None
+    writer: types_pb2.Writer | None = None  # decode: who brings the pages
     ended: bool = False  # bootstrap said so
     reason: str = ""
     message: str = ""
@@ -45,10 +46,10 @@ class HeldRooms:
     def __len__(self) -> int:
         return len(self._rooms)
 
-    def started(self, sequence_id: int, ticket: types_pb2.Ticket) -> None:
+    def started(self, sequence_id: int, ticket: types_pb2.Ticket, writer: types_pb2.Writer | None = None) -> None:
         """A router started the room's sequence. Its reservation may have been here before."""
         self._tickets[sequence_id] = ticket
-        self._rooms.setdefault(key_of(ticket), Held(ticket))
+        self._rooms.setdefault(key_of(ticket), Held(ticket)).writer = writer
         if self._now() - self._pruned_at > PRUNE_INTERVAL_S:
             self._prune()
 
@@ -111,6 +112,7 @@ class HeldRooms:
                 ticket=room.ticket,
                 phase=room.phase,
                 reservation=room.reservation,
+                writer=room.writer,
                 reason=room.reason,
                 message=room.message,
             )

@@ -46,6 +46,7 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
                     list(start.prompt_ids),
                     start.sampling,
                     list(start.output_ids),
+                    start.writer if start.HasField("writer") else None,
                 )
             else:
                 self._front.abort(session, command.abort.sequence_id)
