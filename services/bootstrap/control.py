@@ -188,9 +188,9 @@ class ControlPlane:
 
     async def _shard_gained(self, shard: Shard) -> None:
         """Load what the last owner wrote. Nobody asks for the shard before this returns."""
-        if before := self.shards.predecessor(shard.number):
+        if how := self.shards.taken_from(shard.number):
             ours = f"replica {self.shards.replica_id} (epoch {shard.claim.epoch})"
-            self.journal.took_over(shard.number, f"{ours} took over from {before}")
+            self.journal.took_over(shard.number, f"{ours} {how}")
         rooms, _ = await self._store.scan(room_prefix(shard.number))
         self.records.know(rooms)
         self.recovery.gained(shard.number, [types.Room.FromString(entry.value) for entry in rooms])

@@ -11,7 +11,9 @@ ROOMS = metrics.gauge("rooms", "Rooms by state; ended ones until they are closed
 ROOM_STATE_SECONDS = metrics.histogram("room_state_seconds", "Time that rooms spent in a state.", ("state",))
 EVENTS_REFUSED = metrics.counter("room_events_refused_total", "Events that were not applied.", ("event", "reason"))
 EVENTS_EARLY = metrics.counter("room_events_early_total", "Workers' events that came before their room was opened.")
-EVENTS_EARLY_DROPPED = metrics.counter("room_events_early_dropped_total", "Early events whose room was not opened soon.")
+EVENTS_EARLY_DROPPED = metrics.counter(
+    "room_events_early_dropped_total", "Early events whose room was not opened soon."
+)
 ROOMS_QUARANTINED = metrics.gauge("rooms_quarantined", "Failed rooms that prefill may still write to.")
 WORKERS = metrics.gauge("workers", "Workers by role and state.", ("role", "state"))
 ROUTERS = metrics.gauge("routers", "Routers with a session.")

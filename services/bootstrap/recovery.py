@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from common.errors.base import Reason
 from common.mesh import room as machine
-from common.mesh.room import State
+from common.mesh.room import Party, State
 from common.mesh.shards import shard_of_room
 from common.mesh.ticket import Ticket
 from common.mesh.wire import ticket_from, ticket_to
@@ -126,6 +126,8 @@ class Recovery:
 
     def _match_decode(self, entry: Entry, worker_id: str, held: pb.HeldRoom) -> None:
         ticket = entry.room.ticket
+        if held.HasField("writer"):
+            entry.writer = self._in_all_its_lives(held.writer)
         if held.HasField("reservation") and entry.room.state is State.BOOTSTRAPPING:
             self._rooms.apply(entry, machine.Reserved(ticket, held.reservation), worker_id)
         if held.phase == pb.HELD_PHASE_ARRIVED and not entry.room.state.terminal:
@@ -150,7 +152,7 @@ class Recovery:
         """The worker does not hold the room, or not any more."""
         room = entry.room
         if worker_id == room.prefill_worker_id:
-            if room.quarantined and not self._rooms.may_speak_for_writer(worker_id, room):
+            if room.quarantined and not self._rooms.may_speak_for_writer(worker_id, entry):
                 return  # another process, which says nothing of the one that may still write
             if room.quarantined:
                 self._rooms.apply(entry, machine.Quiet(room.ticket), worker_id)
@@ -175,10 +177,15 @@ class Recovery:
     def _settle(self, entry: Entry) -> None:
         """The time is up for a room: fail it if one of its parties has not come back."""
         for worker_id in (entry.room.prefill_worker_id, entry.room.decode_worker_id):
-            member = self._workers.get(worker_id)
+            message = f"worker {worker_id} did not come back after bootstrap had changed"
+            member, writes = self._workers.get(worker_id), worker_id == entry.room.prefill_worker_id
             if not (member and member.online):
-                message = f"worker {worker_id} did not come back after bootstrap had changed"
-                self._rooms.worker_lost(worker_id, message, self._last.get(worker_id))
+                last = self._last.get(worker_id)
+                self._workers.gave_up(worker_id, last.epoch if last else 0)
+                self._rooms.worker_lost(worker_id, message, last)
+            elif writes and not self._rooms.may_speak_for_writer(worker_id, entry):
+                lost = machine.WorkerLost(entry.room.ticket, Party.PREFILL, message, entry.writer)
+                self._rooms.apply(entry, lost, timeline.BOOTSTRAP)  # another process has its name, and its other rooms
         if entry.router is None:
             if not entry.room.state.terminal:
                 abort = machine.Abort(entry.room.ticket, Reason.ABORTED, "its router did not come back")
@@ -206,7 +213,8 @@ class Recovery:
         """Nobody knows the room: whoever holds something of it lets go, the writer first.
 
         Every prefill worker that is alive has told what it holds by now. One that may still write to the room is
-        told the end, and its answer, that it is quiet, releases the pages. Where there is none, nobody writes.
+        told the end, and its answer, that it is quiet, releases the pages. Where there is none, nobody writes, unless
+        decode knows of a writer that has not come back: that one has to be fenced off.
         """
         for worker_id, event in unknown.said:
             if event.HasField("reserved"):
@@ -216,18 +224,37 @@ class Recovery:
             ticket=ticket_to(ticket), state=types.ROOM_STATE_FAILED, reason=Reason.WORKER_LOST, message=message
         )
         writers: list[Member] = []
-        holders: list[Member] = []
+        holders: list[tuple[Member, pb.HeldRoom]] = []
         for worker_id, held in unknown.held.items():
             member = self._workers.get(worker_id)
             if member and held.phase in HELD:
-                writer = member.record.role == types.WORKER_ROLE_PREFILL
-                (writers if writer else holders).append(member)
+                if member.record.role == types.WORKER_ROLE_PREFILL:
+                    writers.append(member)
+                else:
+                    holders.append((member, held))
                 member.send(pb.ControlEvent(ended=ended))
         if not writers:
-            for member in holders:
-                member.send(pb.ControlEvent(released=pb.RoomReleased(ticket=ticket_to(ticket))))
+            for member, held in holders:
+                lost = self._lost_writer(held)
+                released = pb.RoomReleased(ticket=ticket_to(ticket), when_gone=lost.endpoints, epoch=lost.epoch)
+                member.send(pb.ControlEvent(released=released))
         if writers or holders:
             log.warning("ended a room that nobody knows", room_id=ticket.room_id, writers=len(writers))
+
+    def _lost_writer(self, held: pb.HeldRoom) -> types.Writer:
+        """Who wrote to the room and has not come back; empty if it is here, and has said that it does not."""
+        writer = held.writer
+        member = self._workers.get(writer.worker_id)
+        here = member and member.online and self._workers.is_process(writer.worker_id, writer)
+        if here or not held.HasField("writer"):
+            return types.Writer()
+        self._workers.gave_up(writer.worker_id, writer.epoch)
+        return self._in_all_its_lives(writer)
+
+    def _in_all_its_lives(self, writer: types.Writer) -> types.Writer:
+        """A writer as a router saw it, with the last epoch that it can have had since."""
+        epoch = max(writer.epoch, self._workers.latest_epoch)
+        return types.Writer(endpoints=writer.endpoints, epoch=epoch, worker_id=writer.worker_id)
 
     def _begin(self, shard: int) -> None:
         if shard not in self._until:

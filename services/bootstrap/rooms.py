@@ -48,6 +48,7 @@ class Entry:
     router: RouterOutbox | None
     closed: bool = False
     retired: bool = False
+    writer: types.Writer | None = None  # who writes to decode's pages, as decode told after a change of owners
     timeline: Timeline = field(default_factory=Timeline)
 
 
@@ -182,7 +183,7 @@ class Rooms:
             refusal = machine.Refusal(Reason.NOT_FOUND, f"room {said.ticket} is not of worker {worker_id}")
             self._refuse(worker_id, said, refusal)
             self._journal.applied(entry, said, worker_id, entry.room, refusal)
-        elif isinstance(said, machine.Quiet) and not self.may_speak_for_writer(worker_id, entry.room):
+        elif isinstance(said, machine.Quiet) and not self.may_speak_for_writer(worker_id, entry):
             message = f"room {said.ticket} was written to by an earlier process of worker {worker_id}"
             refusal = machine.Refusal(Reason.STALE_TICKET, message)
             self._refuse(worker_id, said, refusal)
@@ -190,17 +191,18 @@ class Rooms:
         else:
             self._apply(entry, said, worker_id, worker_id)
 
-    def may_speak_for_writer(self, worker_id: str, room: Room) -> bool:
+    def may_speak_for_writer(self, worker_id: str, entry: Entry) -> bool:
         """Whether the worker's present process is the room's writer, and not one that was started in its place."""
-        writer, member = cast(types.Writer | None, room.writer), self._workers.get(worker_id)
-        return writer is None or (member is not None and list(member.record.endpoints) == list(writer.endpoints))
+        writer = cast(types.Writer | None, entry.room.writer) or entry.writer
+        return writer is None or self._workers.is_process(worker_id, writer)
 
     def worker_lost(self, worker_id: str, message: str, last: types.Worker | None = None) -> None:
         """A worker's life ended: its rooms fail. `last` is its record, unless that is still among the workers."""
         member = self._workers.get(worker_id)
         record = member.record if member else last
-        writer = types.Writer(endpoints=record.endpoints, epoch=record.epoch) if record else types.Writer()
+        known = types.Writer(endpoints=record.endpoints, epoch=record.epoch) if record else types.Writer()
         for entry in self.of_worker(worker_id):
+            writer = entry.writer or known
             for party in self._parties(entry.room, worker_id):
                 self._apply(entry, machine.WorkerLost(entry.room.ticket, party, message, writer), timeline.BOOTSTRAP)
             if entry.room.at_rest:  # else the worker may come back, and with it an end of the quarantine
@@ -347,7 +349,7 @@ class Rooms:
         return ticket
 
     def _may_be_opened(self, ticket: Ticket) -> bool:
-        """Whether the opening of a room that is not known may be on its way: routers name rooms in our present epoch."""
+        """Whether the opening of a room that is not known may be on its way: it is named in our present epoch then."""
         try:
             return ticket.epoch == self._epoch_of(shard_of_room(ticket.room_id))
         except MeshError:
@@ -423,7 +425,7 @@ class Rooms:
             case Effect.RELEASE:
                 self._release(room.decode_worker_id, room.ticket)
             case Effect.FENCE:
-                self._tell(room.decode_worker_id, pb.ControlEvent(released=wire.fence_to(room)))
+                self._tell(room.decode_worker_id, pb.ControlEvent(released=wire.fence_to(room, entry.writer)))
             case Effect.END_ROUTER:
                 if entry.router is not None and not entry.closed:
                     put = entry.router.put if room.state is State.FAILED else entry.router.put_at_leisure

@@ -84,6 +84,7 @@ class Shards:
         self.replicas: dict[str, str] = {replica_id: address}  # addresses by id
         self.known: dict[int, Shard] = {}  # every shard as the store last told
         self._before: dict[int, Claim] = {}  # of shards that are claimed here: the claim of another before that
+        self._givers: dict[int, str] = {}  # who gave a shard away last
         self._addresses: dict[str, str] = {}  # of all replicas that were ever announced
         self._store = store
         self._address = address
@@ -135,14 +136,14 @@ class Shards:
         shard = self.known.get(number)
         return shard.claim.owner if shard and shard.claim.owner in self.replicas else ""
 
-    def predecessor(self, number: int) -> str:
-        """Who owned a shard of ours before, in words; empty when that is not known."""
-        before = self._before.get(number)
-        if before is None:
+    def taken_from(self, number: int) -> str:
+        """How a shard of ours came from another replica, in words; empty when none is known to have had it."""
+        before, giver = self._before.get(number), self._givers.get(number, "")
+        if before is None or not (name := before.owner or giver):
             return ""
-        who = f"replica {before.owner}" if before.owner else "an owner that gave it away"
-        where = f" at {self._addresses[before.owner]}" if before.owner in self._addresses else ""
-        return f"{who}{where}, epoch {before.epoch}"
+        verb = "took over from" if before.owner else "was given the room's shard by"
+        where = f" at {self._addresses[name]}" if name in self._addresses else ""
+        return f"{verb} replica {name}{where}, epoch {before.epoch}"
 
     # ---------------------------------------------------------------------------------- what the store says
 
@@ -177,7 +178,10 @@ class Shards:
             number = int(key.removeprefix(SHARD_PREFIX), 16)
             earlier = self.known.get(number)
             if earlier is None or earlier.revision < revision:
-                self.known[number] = Shard(number, msgspec.json.decode(value, type=Claim), revision)
+                claim = msgspec.json.decode(value, type=Claim)
+                if earlier and earlier.claim.owner and not claim.owner:
+                    self._givers[number] = earlier.claim.owner
+                self.known[number] = Shard(number, claim, revision)
 
     # ---------------------------------------------------------------------------------- what follows from it
 

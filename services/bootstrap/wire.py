@@ -50,9 +50,11 @@ def ended_to(room: Room) -> pb.RoomEnded:
     )
 
 
-def fence_to(room: Room) -> pb.RoomReleased:
-    """The room is released once its writer is gone."""
+def fence_to(room: Room, told: types.Writer | None) -> pb.RoomReleased:
+    """The room is released once its writer is gone: the one that was lost, or if it was not known, that `told`."""
     writer = cast(types.Writer, room.writer)
+    if not writer.endpoints and told is not None:
+        writer = told
     return pb.RoomReleased(ticket=ticket_to(room.ticket), when_gone=writer.endpoints, epoch=writer.epoch)
 
 

@@ -97,6 +97,21 @@ class Workers:
         return self._members.get(worker_id)
 
     @property
+    def latest_epoch(self) -> int:
+        """At least the epoch of every registration so far, here and by earlier bootstraps."""
+        return self._last_epoch
+
+    def is_process(self, worker_id: str, writer: types.Writer) -> bool:
+        """Whether the worker's present process has the transfer endpoints of `writer`."""
+        member = self._members.get(worker_id)
+        return member is not None and list(member.record.endpoints) == list(writer.endpoints)
+
+    def gave_up(self, worker_id: str, epoch: int) -> None:
+        """A life that an earlier owner began has ended here: should the worker come back, its epoch is a new one."""
+        if worker_id not in self._members:
+            self._remember_end(worker_id, max(epoch, self._last_epoch))
+
+    @property
     def silent_after_s(self) -> float:
         """After how long without a heartbeat a worker is suspect."""
         return self._interval_s + SLACK_S
@@ -254,11 +269,14 @@ class Workers:
     def _forget(self, member: Member) -> None:
         self._count(member.record, -1)
         self._timers.cancel(("worker", member.worker_id))
-        self._ended[member.worker_id] = member.record.epoch
-        if len(self._ended) > MAX_ENDED:
-            del self._ended[next(iter(self._ended))]
+        self._remember_end(member.worker_id, member.record.epoch)
         del self._members[member.worker_id]
         self._on_gone(member.worker_id)
+
+    def _remember_end(self, worker_id: str, epoch: int) -> None:
+        self._ended[worker_id] = max(epoch, self._ended.get(worker_id, 0))
+        if len(self._ended) > MAX_ENDED:
+            del self._ended[next(iter(self._ended))]
 
     def _count(self, record: types.Worker, by: int) -> None:
         role = types.WorkerRole.Name(record.role).removeprefix("WORKER_ROLE_")

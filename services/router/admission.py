@@ -80,6 +80,7 @@ class Admission:
         self._waiters: dict[Need, Waiter] = {}
         self._groups: Counter[str] = Counter()
         self._running: set[str] = set()
+        self._arriving: set[str] = set()  # requests that are being read and checked
         self._queued: dict[str, int] = {}  # sequences that wait, of requests that have not begun
         self._admitted_at: deque[float] = deque(maxlen=RATE_WINDOW)
 
@@ -88,15 +89,22 @@ class Admission:
         """Requests that wait and have not begun."""
         return len(self._queued)
 
-    def check_queue(self, group: str) -> None:
-        """Raise `MeshError` (OVERLOADED) if a new request would be refused whatever it asks for.
+    def arrive(self, request_id: str) -> bool:
+        """A request came that will want a place once it is read and checked, until it enters or `depart`s.
 
-        `enter` would find that out, too: this is for refusing it before any work is done for it.
+        Tells whether others are on their way, too. Raises `MeshError` (OVERLOADED) if all places are taken then,
+        whatever it asks for: it costs no more than this.
         """
-        if self.queued < self._max_queued or not self._pool.decodes(group):
-            return
-        if len(self._running) >= self._max_running or not Open(self._pool).roomy(group):
-            raise self._queue_full()
+        if self.queued + len(self._arriving) >= self._max_queued:
+            free = min(self._pool.free_sequences(), self._max_running - len(self._running))
+            if self.queued + len(self._arriving) >= self._max_queued + max(0, free):
+                raise self._queue_full()
+        self._arriving.add(request_id)
+        return len(self._arriving) > 1
+
+    def depart(self, request_id: str) -> None:
+        """The request is not on its way any more. Idempotent."""
+        self._arriving.discard(request_id)
 
     async def enter(self, request: GenerationRequest, need: Need, *, resumed: bool = False) -> Route:
         """A route for a sequence, with its credit spent. Give it back with `leave`.
@@ -105,6 +113,7 @@ class Admission:
         for a sequence that fits no worker at all.
         """
         loop = asyncio.get_running_loop()
+        self.depart(request.request_id)
         if not resumed:
             self._check(need)
         waiter = Waiter(request, need, loop.time(), resumed)
@@ -137,6 +146,7 @@ class Admission:
 
     def ended(self, request_id: str) -> None:
         """A request is over."""
+        self.depart(request_id)
         if request_id in self._running:
             self._running.discard(request_id)
             metrics.RUNNING.dec()

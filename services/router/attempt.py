@@ -16,6 +16,7 @@ from common.obs.log import get_logger
 from pdmesh.v1.bootstrap_service_pb2 import OpenRoom
 from pdmesh.v1.decode_service_pb2 import DecodeCommand, DecodeEvent, DecodeStart
 from pdmesh.v1.prefill_service_pb2 import PrefillCommand, PrefillEvent, PrefillStart, SequenceFailed
+from pdmesh.v1.types_pb2 import Worker, Writer
 from services.router.request import Delta, GenerationRequest
 from services.router.sequence import SequenceOutput
 from services.router.workers import RETRY_AFTER_S, Route
@@ -152,9 +153,10 @@ class Attempt:
         output_ids = list(self.output.token_ids)
         ticket = ticket_to(self._ticket) if self._ticket else None
         name = f"{request.request_id}/{index}"
+        writer = writer_of(self.route.prefill.record) if self.route.prefill else None
 
         def decode(sequence_id: int) -> DecodeCommand:
-            start = DecodeStart(sequence_id=sequence_id, ticket=ticket, request_id=name)
+            start = DecodeStart(sequence_id=sequence_id, ticket=ticket, request_id=name, writer=writer)
             start.prompt_ids.extend(prompt)
             start.output_ids.extend(output_ids)
             start.sampling.CopyFrom(sampling)
@@ -215,6 +217,11 @@ class PrefillLeg:
 
     def on_lost(self, error: MeshError) -> None:
         self._attempt.fail(error)
+
+
+def writer_of(worker: Worker) -> Writer:
+    """A prefill worker as its present process, whose connections can be told from others'."""
+    return Writer(endpoints=worker.endpoints, epoch=worker.epoch, worker_id=worker.worker_id)
 
 
 def timestamp_of(at: float) -> Timestamp:

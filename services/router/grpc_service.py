@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from common.rpc.interceptor import Context
 
 DEFAULT_MAX_NEW_TOKENS = 128
+API = "grpc"  # in metrics and logs
 
 
 class RouterServicer(pb_grpc.RouterServiceServicer):
@@ -29,17 +30,22 @@ class RouterServicer(pb_grpc.RouterServiceServicer):
         self._router = router
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
-        prepared = await self._router.prepare(to_draft(request, context.time_remaining()))
-        joined = [Delta(index, [], "", 0, []) for index in range(prepared.sequences)]
-        async with aclosing(self._router.generate(prepared)) as deltas:
-            async for delta in deltas:
-                if request.stream:
-                    yield to_response(prepared.request_id, delta)
-                    continue
-                whole = joined[delta.index]
-                append(whole, delta)
-                if delta.finish:
-                    yield to_response(prepared.request_id, whole)
+        request_id = request.request_id or new_request_id("gen")
+        await self._router.arrive(request_id, API)
+        try:
+            prepared = await self._router.prepare(to_draft(request, request_id, context.time_remaining()))
+            joined = [Delta(index, [], "", 0, []) for index in range(prepared.sequences)]
+            async with aclosing(self._router.generate(prepared)) as deltas:
+                async for delta in deltas:
+                    if request.stream:
+                        yield to_response(prepared.request_id, delta)
+                        continue
+                    whole = joined[delta.index]
+                    append(whole, delta)
+                    if delta.finish:
+                        yield to_response(prepared.request_id, whole)
+        finally:
+            self._router.depart(request_id)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         response = pb.ListModelsResponse()
@@ -62,7 +68,7 @@ def make_service(router: Router) -> Service:
     return Service("pdmesh.v1.RouterService", pb_grpc.add_RouterServiceServicer_to_server, RouterServicer(router))
 
 
-def to_draft(request: pb.GenerateRequest, timeout_s: float | None) -> Draft:
+def to_draft(request: pb.GenerateRequest, request_id: str, timeout_s: float | None) -> Draft:
     """Raises `MeshError` (EMPTY_PROMPT) for a request without input."""
     match request.WhichOneof("input"):
         case "prompt":
@@ -72,8 +78,8 @@ def to_draft(request: pb.GenerateRequest, timeout_s: float | None) -> Draft:
         case _:
             raise MeshError(Reason.EMPTY_PROMPT, "set prompt or token_ids", parameter="prompt")
     return Draft(
-        request_id=request.request_id or new_request_id("gen"),
-        api="grpc",
+        request_id=request_id,
+        api=API,
         model=request.model,
         prompts=[prompt],
         sampling=sampling_from(request.sampling),

@@ -65,22 +65,41 @@ class Router:
 
     # ---------------------------------------------------------------------------------- requests
 
+    async def arrive(self, request_id: str, api: str) -> None:
+        """A call came of which nothing is read yet. `depart` must follow, whatever becomes of it.
+
+        Raises `MeshError` (OVERLOADED) where there would be no place for it, before anything is done for it.
+        """
+        try:
+            rush = self._admission.arrive(request_id)
+        except MeshError as error:
+            self._refused(request_id, api, error)
+            raise
+        if rush:  # who came at the same time and has no place is told first: it takes less long
+            await asyncio.sleep(0)
+
+    def depart(self, request_id: str) -> None:
+        """The call is over, if it was not before. Idempotent."""
+        self._admission.depart(request_id)
+
     async def prepare(self, draft: Draft) -> GenerationRequest:
         """Tokenize and check. Raises `MeshError`; nothing is held yet."""
         try:
             return await self._prepare(draft)
         except MeshError as error:
-            metrics.REQUESTS.labels(draft.api, error.reason.lower()).inc()
-            if error.reason is Reason.OVERLOADED:
-                self.session.request_failed(draft.request_id, error)
+            self._refused(draft.request_id, draft.api, error)
             raise
+
+    def _refused(self, request_id: str, api: str, error: MeshError) -> None:
+        metrics.REQUESTS.labels(api, error.reason.lower()).inc()
+        if error.reason is Reason.OVERLOADED:
+            self.session.request_failed(request_id, error)
 
     async def _prepare(self, draft: Draft) -> GenerationRequest:
         arrived = asyncio.get_running_loop().time()
         self._check_open(draft.request_id)
         check_request_id(draft.request_id, draft.names)
         model = self.directory.get(draft.model)
-        self._admission.check_queue(model.name)
         texts = await self.directory.texts(model)
         prompts = [await self._to_ids(prompt, draft, texts) for prompt in draft.prompts]
         if draft.sampling.stop:

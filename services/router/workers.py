@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -79,6 +80,15 @@ class WorkerPool:
     def offers(self, model: str) -> dict[str, Credit | None]:
         """What each of them can still be given."""
         return {link.worker_id: link.account.credit for link in self.decodes(model)}
+
+    def free_sequences(self) -> float:
+        """Places that all decode and unified workers still have; infinite where one does not tell, or none is there."""
+        credits = [
+            link.account.credit for link in self._links.values() if isinstance(link, DecodeLink) and link.available
+        ]
+        if not credits or None in credits:
+            return math.inf
+        return sum(credit.sequences for credit in credits if credit and credit.fits(1))
 
     def route(self, request: GenerationRequest, need: Need, decodes: Sequence[str]) -> Route:
         """A pair, or a unified worker: one of `decodes`, which were offered, its credit spent for `need`."""

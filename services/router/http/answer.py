@@ -49,10 +49,11 @@ class Answer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one call; gives the generation up as soon as the client disconnects."""
-        if self._streamed:
-            await while_connected(receive, self._stream(scope, receive, send))
-        else:
-            await while_connected(receive, self._whole(scope, receive, send))
+        work = self._stream if self._streamed else self._whole
+        try:
+            await while_connected(receive, work(scope, receive, send))
+        finally:
+            self._router.depart(self._request.request_id)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         deltas: list[list[Delta]] = [[] for _ in range(self._request.sequences)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -100,13 +101,15 @@ def add_openai(app: FastAPI, router: Router) -> dict[str, Call]:
 
     @app.post("/v1/completions", openapi_extra=takes(CompletionRequest))
     async def completions(request: Request) -> Response:
-        body = await parse(request, CompletionRequest, limit)
-        return await complete(router, body, own_request_id(request, "cmpl"))
+        request_id = own_request_id(request, "cmpl")
+        async with arrival(router, request_id, "completions"):
+            return await complete(router, await parse(request, CompletionRequest, limit), request_id)
 
     @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
     async def chat_completions(request: Request) -> Response:
-        body = await parse(request, ChatRequest, limit)
-        return await chat(router, body, own_request_id(request, "chatcmpl"))
+        request_id = own_request_id(request, "chatcmpl")
+        async with arrival(router, request_id, "chat"):
+            return await chat(router, await parse(request, ChatRequest, limit), request_id)
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -134,6 +137,17 @@ def add_operations(app: FastAPI, router: Router) -> None:
     @app.get("/metrics")
     async def metrics_page() -> Response:
         return Response(metrics.page(), media_type=PROMETHEUS)
+
+
+@asynccontextmanager
+async def arrival(router: Router, request_id: str, api: str) -> AsyncIterator[None]:
+    """A call on its way to an `Answer`, which sees to the rest. Raises `MeshError` where there is no place for it."""
+    await router.arrive(request_id, api)
+    try:
+        yield
+    except BaseException:
+        router.depart(request_id)
+        raise
 
 
 def takes(schema: type[BaseModel]) -> dict[str, Any]:
