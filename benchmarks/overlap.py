@@ -110,7 +110,7 @@ def evaluate(prefill: list[Event], decode: list[Event], number: int, tokens: int
     def steps(events: list[Event]) -> list[Event]:
         return [e for e in events if e["kind"] == "step" and any(part[0] == number for part in e["parts"])]
 
-    (last,) = (step for step in steps(prefill) if any(part[0] == number and part[2] == tokens for part in step["parts"]))
+    (last,) = (step for step in steps(prefill) if [number, tokens] in ([part[0], part[2]] for part in step["parts"]))
     submit = next(e for e in prefill if e["kind"] == "submit" and e["began"] >= last["ended"])
     done = next(e for e in prefill if e["kind"] == "done" and e["handle"] == submit["handle"])
     ended = last["ended"]
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--model", help="checkpoint folder (default: one with 128 KiB of KV a token, made here)")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of a prompt")
     parser.add_argument("--chunk", type=int, default=512, help="tokens of a chunk")
-    parser.add_argument("--requests", type=int, default=7)
+    parser.add_argument("--requests", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

@@ -107,8 +107,8 @@ def main() -> None:
         own = ["--chunked-prefill-size", chunk] if chunk else []
         systems[f"unified, chunk {chunk or 'by default'}"] = ["--unified", "1", "--cpu-threads", "2", *own]
     print(
-        f"load {os.getloadavg()[0]:.2f}, seed {arguments.seed}, {arguments.seconds:g} s: {arguments.chats_per_s:g} chats/s "
-        f"of 64 + {arguments.chat_tokens} tokens, a prompt of {arguments.long} every {arguments.long_every:g} s"
+        f"load {os.getloadavg()[0]:.2f}, seed {arguments.seed}, {arguments.seconds:g} s: {arguments.chats_per_s:g} "
+        f"chats/s of 64 + {arguments.chat_tokens} tokens, a prompt of {arguments.long} every {arguments.long_every:g} s"
     )
     rows = {}
     for name, own in systems.items():

@@ -1,6 +1,6 @@
 """A worker's rank as it is, but that it writes down when its steps and its transfers began and ended.
 
-`Rank` of the benchmark starts one and plays its front. Times are those of the monotonic clock, which all processes
+`overlap.py` starts such ranks and plays their fronts. Times are those of the monotonic clock, which all processes
 of a machine share.
 """
 
@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -33,12 +33,11 @@ ROLE, TIMES, AT_THE_END = "PDMESH_BENCH_ROLE", "PDMESH_BENCH_TIMES", "PDMESH_BEN
 class Times:
     """Lines of JSON, one an event."""
 
-    def __init__(self, file: TextIO) -> None:
-        self.file = file
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("a", buffering=1)
 
     def note(self, **event: Any) -> None:
         self.file.write(json.dumps(event) + "\n")
-        self.file.flush()
 
 
 def time_steps(engine: Engine, times: Times) -> None:
@@ -87,7 +86,7 @@ def send_at_the_end(handover: Handover) -> Handover:
 
 def build(start: RankStart, waker: Waker) -> Rank:
     """What `serve_rank` runs."""
-    times = Times(Path(os.environ[TIMES]).open("a"))
+    times = Times(Path(os.environ[TIMES]))
     create = common.worker.transfer.create
     common.worker.transfer.create = lambda *arguments: time_transfers(create(*arguments), times)
     rank: Rank = importlib.import_module(f"services.{os.environ[ROLE]}.rank").build(start, waker)
