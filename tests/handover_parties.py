@@ -38,6 +38,7 @@ from common.transfer.base import (
     TransferError,
 )
 from common.transfer.checksum import Hasher
+from common.transfer.endpoint import Descriptor
 from common.transfer.registry import create
 from common.worker.build import ready_message
 from common.worker.loop import Emit, Handover, RankTurns
@@ -247,10 +248,16 @@ class Party:
     holds: set[Ticket] = field(default_factory=set)
     load: Load = field(default_factory=lambda: Load(0, 0, 0, Ledger(0)))
     audits: int = 0
+    did: Counter[str] = field(default_factory=Counter)  # what went wrong there, once it has ended
 
     @property
     def role(self) -> str:
         return self.setting.role
+
+    @property
+    def address(self) -> Any:
+        """Where its transfer endpoint listens."""
+        return Descriptor.decode(self.descriptor).control
 
     @property
     def at_rest(self) -> bool:
@@ -308,6 +315,7 @@ class Here(Party):
 
     def kill(self) -> None:
         self.alive = False
+        self.did = self.backend.did
         self.backend.calm = True
         self.turns.handover.close()
 

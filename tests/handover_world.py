@@ -9,8 +9,10 @@ Every page that decode reads is compared byte by byte (`tests.paged_toy`).
 
 from __future__ import annotations
 
+import itertools
 import random
 import select
+import socket
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -46,16 +48,15 @@ Member = Here | Child
 OPEN_AT_ONCE = 10
 MOST_PAGES = 10
 SOON = 40  # turns within which a fault strikes
-STEP_S = 0.01  # of the rooms' clock, a turn in which something happened
 PATIENCE_S = 120.0
 TIMEOUTS = Timeouts(10.0, 10.0, 10.0)
 
 FAULTS = {
-    "abort at the router": 6,
-    "abort by an operator": 6,
-    "time-out": 6,
-    "session of prefill broken": 4,
-    "session of decode broken": 4,
+    "abort at the router": 10,
+    "abort by an operator": 10,
+    "time-out": 10,
+    "session of prefill broken": 6,
+    "session of decode broken": 6,
     "prefill taken for lost": 3,
     "decode taken for lost": 3,
     "prefill killed": 1,
@@ -83,11 +84,18 @@ class Entry:
     prefill: Member
     decode: Member
     tokens: list[int] = field(default_factory=list)
-    finished: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to do; the pages of a process end with it."""
+        return self.room.state.terminal and not (self.room.quarantined and self.decode.alive)
 
 
 class World:
-    """Everybody who takes part. `make` makes a party; `rate` is the share of rooms that something happens to."""
+    """Everybody who takes part. `make` makes a party; `rate` is the share of rooms that something happens to.
+
+    The rooms' clock goes on by `step_s` a turn, and by `idle_step_s` more if nothing happened in it.
+    """
 
     def __init__(
         self,
@@ -101,6 +109,7 @@ class World:
         rate: float = 0.5,
         faults: dict[str, int] = FAULTS,
         tickets: bool = True,
+        step_s: float = 0.01,
         idle_step_s: float = 0.2,
     ) -> None:
         self.draw = random.Random(seed)
@@ -109,11 +118,12 @@ class World:
         self.rate = rate
         self.faults = faults
         self.tickets = tickets
+        self.step_s = step_s
         self.idle_step_s = idle_step_s
         self.now = 0.0
         self.turns = 0
         self.lives = 0
-        self.sequences = 0
+        self.sequences = self.attempts = 0
         self.did: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.entries: dict[Ticket, Entry] = {}
@@ -122,24 +132,23 @@ class World:
         self.plans: dict[int, list[Callable[[], None]]] = defaultdict(list)
         self.members: list[Member] = []
         for setting in [prefill] * parties + [decode] * parties:
-            self.join(setting)
+            self.join(self.fresh(setting))
 
     # ------------------------------------------------------------------------------------ the way of it
 
     def run(self, count: int) -> None:
-        """Open `count` requests, one after the other, and let all of them end."""
-        opened = 0
-        while opened < count or self.open:
-            while opened < count and len(self.open) < OPEN_AT_ONCE:
-                opened += 1
-                self.request(opened)
+        """Let there be `count` hand-overs, and all of them end."""
+        requests = itertools.count()
+        while self.attempts < count or self.open:
+            while self.attempts < count and len(self.open) < OPEN_AT_ONCE:
+                self.request(next(requests))
             self.turn()
         self.settle()
 
     def turn(self) -> None:
         """A little of everything."""
         self.turns += 1
-        self.now += STEP_S
+        self.now += self.step_s
         busy = False
         for act in self.plans.pop(self.turns, []):
             act()
@@ -149,7 +158,7 @@ class World:
             deadline = entry.room.deadline
             if deadline and deadline.at <= self.now:
                 self.apply(entry, machine.DeadlinePassed(entry.room.ticket))
-            elif entry.room.at_rest:
+            elif entry.over:
                 self.open.pop(entry.room.ticket, None)
         if not busy and not self.plans:
             self.now += self.idle_step_s
@@ -202,7 +211,7 @@ class World:
 
     @property
     def quiet(self) -> bool:
-        return not any(entry.room.deadline or not entry.room.at_rest for entry in self.open.values()) and all(
+        return not self.open and all(
             not (member.control or member.router or member.news) and member.at_rest for member in self.members
         )
 
@@ -212,8 +221,8 @@ class World:
 
     def close(self) -> None:
         for member in self.members:
-            if member.alive:
-                member.close()
+            member.close()
+            self.did.update(member.did)
 
     # ------------------------------------------------------------------------------------ the router
 
@@ -225,6 +234,7 @@ class World:
 
     def attempt(self, request: Request, at: tuple[Member, Member] | None = None) -> None:
         request.attempt += 1
+        self.attempts += 1
         prefill, decode = at or (self.one("prefill"), self.one("decode"))
         ticket = Ticket(request.room_id, request.attempt, self.lives) if self.tickets else Ticket(request.room_id, 1, 1)
         room = Room(ticket, request.room_id, 0, "p", "d", self.now, self.now, TIMEOUTS)
@@ -386,22 +396,28 @@ class World:
         if not member.alive:
             return
         member.kill()
+        self.did.update(member.did)
         member.attached = False
         for queue in (member.control, member.router, member.news):
             queue.clear()
         self.members.remove(member)
-        self.join(member.setting, instead_of=member)
+        setting = self.fresh(member.setting)
+        if self.draw.random() < 0.5 and is_free(member.address):
+            setting = structs.replace(setting, control=member.address)
+            self.did["same address again"] += 1
+        self.join(setting)
         self.plans[self.turns + self.draw.randrange(1, SOON)].append(lambda: self.return_of(member))
 
-    def join(self, setting: Setting, instead_of: Member | None = None) -> None:
-        """A new process; one in the place of another may listen where that did."""
-        control = getattr(instead_of, "address", None) if self.draw.random() < 0.5 else None
-        if control:
-            self.did["same address again"] += 1
-        member = self.make(structs.replace(setting, seed=self.draw.randrange(1 << 30), control=control))
+    def fresh(self, setting: Setting) -> Setting:
+        """The same again, which draws other faults and listens anywhere."""
+        return structs.replace(setting, seed=self.draw.randrange(1 << 30), control=None)
+
+    def join(self, setting: Setting) -> Member:
+        """A new process."""
+        member = self.make(setting)
         self.members.append(member)
-        member.attached = False
         self.attach(member)
+        return member
 
     def return_of(self, member: Member) -> None:
         """A session is there again; or bootstrap takes note that there will be none."""
@@ -424,3 +440,14 @@ class World:
             for message in member.said.get(ticket, []):
                 self.hear(member, message)
             self.apply(entry, machine.Held(ticket, which))
+
+
+def is_free(address: Any) -> bool:
+    """Whether somebody can listen there."""
+    with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError:
+            return False
+    return True

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from common.cli.default_model import default_model_path
+from common.mesh.shards import shard_of_room
 from services.bootstrap.shards import DEFAULT_SHARDS as SHARDS
 from services.bootstrap.store.etcd_server import free_port
 from tests.fault.cluster import SOAK, Cluster, Load, cluster, etcd
@@ -78,7 +79,8 @@ def check_explanations_of_takeover(mesh: Cluster) -> None:
     assert first < last, "no room came with a shard, or none was opened in one since"
     gone = mesh.services["bootstrap-0"].listening.grpc
     restored = next(room for room in rooms if epoch_of(room) == first)
-    later = [room for room in rooms if epoch_of(room) == last][-1]
+    taken = {shard_of(room) for room in rooms if epoch_of(room) == first}
+    later = next(room for room in rooms if epoch_of(room) == last and shard_of(room) in taken)
     for room in (restored, later):
         said = mesh.explained(room, "bootstrap-1")
         assert "reason" not in said, said
@@ -90,6 +92,10 @@ def check_explanations_of_takeover(mesh: Cluster) -> None:
 def epoch_of(room: dict[str, Any]) -> int:
     """That of the claim under which the room was opened."""
     return int(room["ticket"]["epoch"])
+
+
+def shard_of(room: dict[str, Any]) -> int:
+    return shard_of_room(room["ticket"]["roomId"])
 
 
 def test_a_replica_is_killed(tmp_path: Path) -> None:
@@ -149,16 +155,27 @@ def test_etcd_stops_and_comes_back(tmp_path: Path) -> None:
     with etcd(tmp_path) as store, cluster(tmp_path) as mesh:
         mesh.start_mesh(start_replicas(mesh, store.store, 2), MODEL)
 
+        replicas = ("bootstrap-0", "bootstrap-1")
+        meanwhile: dict[str, dict[str, Any]] = {}  # a room of each that was opened while etcd was away
+
         def check_explanations(words: str) -> None:
-            for replica in ("bootstrap-0", "bootstrap-1"):
-                said = mesh.explained(mesh.rooms(replica)[0], replica)
-                assert words in said["summary"], said
-                assert "reason" not in said, said
+            for replica, room in meanwhile.items():
+
+                def says_so(replica: str = replica, room: dict[str, Any] = room) -> bool:
+                    said = mesh.explained(room, replica)
+                    assert "reason" not in said, said
+                    return words in said["summary"]
+
+                wait_until(says_so, 30, words)
+
+        def check_explanations_meanwhile() -> None:
+            meanwhile.update((replica, mesh.rooms(replica)[0]) for replica in replicas)
+            check_explanations("The store is out of reach since")
 
         async def stop_for_a_while() -> None:
             store.kill()
             await asyncio.sleep(AWAY_S)
-            await asyncio.to_thread(check_explanations, "The store is out of reach since")
+            await asyncio.to_thread(check_explanations_meanwhile)
             await asyncio.to_thread(store.start)
 
         check_that_none_was_lost(mesh, stop_for_a_while)

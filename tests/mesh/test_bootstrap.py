@@ -173,6 +173,42 @@ async def test_a_room_from_open_to_close(mesh: Mesh) -> None:
     assert decode.told.items.empty()
 
 
+async def test_a_room_that_its_router_names_needs_no_answer(mesh: Mesh) -> None:
+    await mesh.start()
+    prefill, decode, router, ended = await mesh.all()
+    ticket = router.begin_room(wanted())
+    assert ticket is not None
+    again = router.begin_room(wanted("r"))
+    assert again is not None
+    assert again != ticket
+    for each in (ticket, again):  # at once: the opening may still be on its way
+        decode.say(reserved=reserved(each))
+    assert {ticket_from((await prefill.told.kind("reserved")).ticket) for _ in range(2)} == {ticket, again}
+    decode.say(transferred=pb.RoomTransferred(ticket=ticket_to(ticket)))
+    end = await ended.next()
+    assert (ticket_from(end.ticket), end.state) == (ticket, types.ROOM_STATE_SUCCESS)
+    router.abort_room(again, Reason.ABORTED, "enough")
+    assert (await ended.next()).message == "enough"
+    assert (await prefill.told.kind("ended")).reason == "ABORTED"
+
+
+async def test_a_named_room_that_is_refused_fails(mesh: Mesh) -> None:
+    await mesh.start()
+    await mesh.worker("PREFILL", "p")
+    await mesh.worker("DECODE", "d", page_size=32)
+    router, ended, _ = await mesh.router()
+    ticket = router.begin_room(wanted())
+    assert ticket is not None
+    end = await ended.next()
+    assert (ticket_from(end.ticket), end.reason) == (ticket, "LAYOUT_MISMATCH")
+    assert "kv_layout.page_size" in end.message
+    router.begin_room(pb.OpenRoom(request_id="x", attempt=1, prefill_worker_id="nobody"))
+    assert (await ended.next()).reason == "NO_WORKER"
+    assert mesh.bootstrap.servicer.control.rooms.find(ticket.room_id) is None
+    await router.close()
+    assert router.begin_room(wanted("later")) is None
+
+
 async def test_a_room_may_be_closed_before_decodes_news_of_it_is_here(mesh: Mesh) -> None:
     await mesh.start()
     prefill, decode, router, _ = await mesh.all()

@@ -71,6 +71,7 @@ class Mesh:
         self.router: RouterSession
         self.prefill: Worker
         self.decode: Worker
+        self.named = False  # rooms, by the router
 
     async def replica(self, config: BootstrapConfig = CONFIG, *, durable: bool = True) -> Bootstrap:
         store = None
@@ -100,7 +101,7 @@ class Mesh:
 
     async def open(self, request_id: str) -> Ticket:
         wanted = pb.OpenRoom(request_id=request_id, attempt=1, prefill_worker_id="p", decode_worker_id="d")
-        return await self.router.open_room(wanted, PATIENCE_S)
+        return (self.named and self.router.begin_room(wanted)) or await self.router.open_room(wanted, PATIENCE_S)
 
     async def end(self) -> pb.RoomEnded:
         async with asyncio.timeout(PATIENCE_S):
@@ -140,7 +141,9 @@ def held(ticket: Ticket, phase: str, **more: Any) -> pb.HeldRoom:
     return pb.HeldRoom(ticket=ticket_to(ticket), phase=pb.HeldPhase.Value(f"HELD_PHASE_{phase}"), **more)
 
 
-async def test_replicas_are_found_and_rooms_follow_their_shards(mesh: Mesh) -> None:
+@pytest.mark.parametrize("named", [False, True], ids=["asked for", "named by the router"])
+async def test_replicas_are_found_and_rooms_follow_their_shards(mesh: Mesh, named: bool) -> None:
+    mesh.named = named
     first = await mesh.replica()
     await mesh.join(first.address)
     tickets = [await mesh.open(f"q{n}") for n in range(20)]
@@ -175,8 +178,10 @@ async def test_replicas_are_found_and_rooms_follow_their_shards(mesh: Mesh) -> N
     assert {worker.state for worker in mesh.router.workers.values()} == {types.WORKER_STATE_READY}
 
 
-async def test_what_the_store_does_not_know_yet_is_told_by_router_and_workers(mesh: Mesh) -> None:
+@pytest.mark.parametrize("named", [False, True], ids=["asked for", "named by the router"])
+async def test_what_the_store_does_not_know_yet_is_told_by_router_and_workers(mesh: Mesh, named: bool) -> None:
     """The owner pushed a reservation and died before it had written a word."""
+    mesh.named = named
     first = await mesh.replica(durable=False)
     await mesh.join(first.address)
     arrived, granted, failed = [await mesh.open(name) for name in ("arrived", "granted", "failed")]

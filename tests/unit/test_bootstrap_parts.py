@@ -223,6 +223,18 @@ def test_a_life_that_ended_does_not_go_on() -> None:
     assert registry.lost == ["w"] * 3
 
 
+def test_a_life_that_was_given_up_unseen_does_not_go_on() -> None:
+    """An earlier bootstrap's worker did not come back in time: its writes are fenced off in the life that it had."""
+    registry = Registry()
+    again = worker(types.WORKER_ROLE_PREFILL)
+    again.epoch = 7
+    registry.workers.gave_up(again.worker_id, again.epoch)
+    latest = registry.workers.latest_epoch
+    assert registry.workers.register(again, Outbox()).record.epoch > max(latest, again.epoch)
+    registry.workers.gave_up(again.worker_id, 1 << 40)
+    assert registry.workers.get(again.worker_id).online  # type: ignore[union-attr]
+
+
 def test_who_slept_gives_the_workers_another_chance() -> None:
     registry = Registry()
     member = registry.workers.register(worker(types.WORKER_ROLE_DECODE), Outbox())

@@ -55,6 +55,16 @@ def test_decode_from_start_to_arrival() -> None:
     assert len(side.held) == 0
 
 
+def test_decode_tells_who_writes() -> None:
+    side = Side(prefill=False)
+    writer = types.Writer(worker_id="p", epoch=7, endpoints=[types.RankEndpoint(descriptor=b"its process")])
+    side.held.started(1, ticket("a"), writer)
+    side.held.started(2, ticket("b"))
+    told = {room.ticket.room_id: room for room in side.held.announce()}
+    assert told["a"].writer == writer
+    assert not told["b"].HasField("writer")
+
+
 def test_decode_keeps_what_is_quarantined_until_it_is_released() -> None:
     side = Side(prefill=False)
     for number, room in enumerate(("own", "told", "crossing", "waiting")):

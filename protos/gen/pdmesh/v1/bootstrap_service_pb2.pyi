@@ -446,6 +446,7 @@ class HeldRoom(_message.Message):
     RESERVATION_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    WRITER_FIELD_NUMBER: _builtins.int
     phase: Global___HeldPhase.ValueType
     """How far it has come."""
     reason: _builtins.str
@@ -460,6 +461,10 @@ class HeldRoom(_message.Message):
     def reservation(self) -> _types_pb2.Reservation:
         """Decode: what it granted."""
 
+    @_builtins.property
+    def writer(self) -> _types_pb2.Writer:
+        """Decode: who writes to what it granted, in whichever process it was when the router chose it."""
+
     def __init__(
         self,
         *,
@@ -468,10 +473,11 @@ class HeldRoom(_message.Message):
         reservation: _types_pb2.Reservation | None = ...,
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
+        writer: _types_pb2.Writer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["reservation", b"reservation", "ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reservation", b"reservation", "ticket", b"ticket", "writer", b"writer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "phase", b"phase", "reason", b"reason", "reservation", b"reservation", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "phase", b"phase", "reason", b"reason", "reservation", b"reservation", "ticket", b"ticket", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -88,6 +88,7 @@ class DecodeStart(_message.Message):
     PROMPT_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     OUTPUT_IDS_FIELD_NUMBER: _builtins.int
+    WRITER_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """Number of the sequence, chosen by the router, unique in this session."""
     request_id: _builtins.str
@@ -110,6 +111,10 @@ class DecodeStart(_message.Message):
         it.
         """
 
+    @_builtins.property
+    def writer(self) -> _types_pb2.Writer:
+        """Who brings the pages: a bootstrap that has lost its memory learns from this worker whom to fence off."""
+
     def __init__(
         self,
         *,
@@ -119,10 +124,11 @@ class DecodeStart(_message.Message):
         prompt_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: _types_pb2.SamplingParams | None = ...,
         output_ids: _abc.Iterable[_builtins.int] | None = ...,
+        writer: _types_pb2.Writer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "ticket", b"ticket", "writer", b"writer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["output_ids", b"output_ids", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "sequence_id", b"sequence_id", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["output_ids", b"output_ids", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "sequence_id", b"sequence_id", "ticket", b"ticket", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

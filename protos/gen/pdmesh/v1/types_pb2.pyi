@@ -398,15 +398,15 @@ class KvLayout(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_BYTES_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
-    """"mha" (keys and values per head)."""
+    """"mha" (keys and values per head) or "mla" (one latent, which all heads share)."""
     dtype: _builtins.str
     """Element type: "float32", "bfloat16" or "float16"."""
     num_layers: _builtins.int
     """Layers whose cache a page holds."""
     num_kv_heads: _builtins.int
-    """Key-value heads of one rank."""
+    """Key-value heads of one rank; 1 for latents."""
     head_dim: _builtins.int
-    """Elements of one head."""
+    """Elements of one head; of a latent and its rotated key part together."""
     page_size: _builtins.int
     """Tokens of one page."""
     page_bytes: _builtins.int
@@ -972,8 +972,11 @@ class Writer(_message.Message):
 
     ENDPOINTS_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Its epoch."""
+    worker_id: _builtins.str
+    """The worker's id."""
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankEndpoint]:
         """Its transfer endpoints."""
@@ -983,10 +986,11 @@ class Writer(_message.Message):
         *,
         endpoints: _abc.Iterable[Global___RankEndpoint] | None = ...,
         epoch: _builtins.int = ...,
+        worker_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "epoch", b"epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "epoch", b"epoch", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
