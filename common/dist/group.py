@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -32,6 +33,12 @@ class Group(Protocol):
         """All ranks' columns beside each other, in the order of the ranks: `[T, size * I]`."""
         ...
 
+    def all_to_all(self, x: torch.Tensor, counts: Sequence[int], received: Sequence[int]) -> torch.Tensor:
+        """The first `counts[0]` rows of `x` go to rank 0, the next to rank 1, and so on; back come, in the order of the
+        ranks, `received[0]` rows from rank 0 and so on. Here alone shapes differ between ranks, in the first dimension.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Alone:
@@ -45,6 +52,9 @@ class Alone:
 
     def all_gather(self, x_TI: torch.Tensor) -> torch.Tensor:
         return x_TI
+
+    def all_to_all(self, x: torch.Tensor, counts: Sequence[int], received: Sequence[int]) -> torch.Tensor:
+        return x
 
 
 ALONE = Alone()
@@ -71,6 +81,12 @@ class TorchGroup:
         parts = [torch.empty_like(x_TI) for _ in range(self.size)]
         dist.all_gather(parts, x_TI.contiguous(), group=self.group)
         return torch.cat(parts, 1)
+
+    def all_to_all(self, x: torch.Tensor, counts: Sequence[int], received: Sequence[int]) -> torch.Tensor:
+        """See `Group.all_to_all`."""
+        out = x.new_empty((sum(received), *x.shape[1:]))
+        dist.all_to_all_single(out, x.contiguous(), list(received), list(counts), group=self.group)
+        return out
 
 
 def join_group(backend: str, address: str, rank: int, size: int, timeout_s: float) -> Group:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.config.flags import bad
+from common.dist.dispatch.base import ExpertDispatch
 from common.dist.group import ALONE, Group
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """Which ranks share what. Within a group the tokens are the same on every rank.
+    """Which ranks share what. Within a group the tokens are the same on every rank, but for `dispatch`.
 
     Attributes:
         attention: Shares the heads out.
         dense: Shares the feed-forward blocks that every token goes through out.
         experts: Shares the routed experts out.
         own_experts: Each rank of `experts` has some experts whole, rather than a part of each.
+        dispatch: Brings tokens to the owners of their experts, where ranks of `experts` have tokens of their own.
         vocabulary: Shares the embedding and the head out.
     """
 
@@ -24,12 +26,18 @@ class Parallel:
     dense: Group = ALONE
     experts: Group = ALONE
     own_experts: bool = False
+    dispatch: ExpertDispatch | None = None
     vocabulary: Group = ALONE
 
     @classmethod
     def tensor(cls, group: Group, own_experts: bool = False) -> Parallel:
         """Tensor parallelism: one group shares everything."""
-        return cls(group, group, group, own_experts, group)
+        return cls(group, group, group, own_experts, vocabulary=group)
+
+    @classmethod
+    def data(cls, group: Group, dispatch: ExpertDispatch) -> Parallel:
+        """Data-parallel attention, dense blocks and head, expert parallelism: only tokens for experts travel."""
+        return cls(experts=group, own_experts=True, dispatch=dispatch)
 
 
 NOT_PARALLEL = Parallel()

@@ -31,6 +31,7 @@ class Attention:
         self.qkv = qkv
         self.num_heads = num_heads
         self.rotated = num_heads + num_kv_heads
+        self.num_rows = num_heads + 2 * num_kv_heads
         self.head_dim = head_dim
         self.qk_norm_ND = qk_norm_ND
         self.eps = eps
@@ -39,7 +40,7 @@ class Attention:
         self, x_TE: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor, plan: AttentionPlan
     ) -> torch.Tensor:
         """Returns the heads' outputs, `[T, H * D]`."""
-        qkv_TND = self.qkv(x_TE).view(len(x_TE), -1, self.head_dim)
+        qkv_TND = self.qkv(x_TE).view(len(x_TE), self.num_rows, self.head_dim)
         qk_TND = qkv_TND[:, : self.rotated]
         if self.qk_norm_ND is not None:
             qk_TND = F.rms_norm(qk_TND, (self.head_dim,), eps=self.eps) * self.qk_norm_ND

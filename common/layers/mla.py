@@ -34,7 +34,8 @@ class LatentAttention:
     ) -> torch.Tensor:
         """Returns the heads' outputs, `[T, H * V]`."""
         heads, _, latent_dim = self.expand_HXC.shape
-        q_THD = self.query(x_TE).view(len(x_TE), heads, -1)
+        q_TX = self.query(x_TE)
+        q_THD = q_TX.view(len(x_TE), heads, q_TX.shape[1] // heads)
         q_THN, q_THR = q_THD[..., : -self.rope_dim], q_THD[..., -self.rope_dim :]
         latent_TL = self.latent(x_TE)
         c_TC, r_T1R = latent_TL[:, :latent_dim], latent_TL[:, None, latent_dim:]

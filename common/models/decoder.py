@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
+from common.dist.parallel import Parallel
 from common.layers.norm import RmsNorm
 from common.layers.rotary import Rotary
 from common.models.checkpoint import Checkpoint
 from common.models.config import ModelConfig, bad_checkpoint
 from common.models.weights import Weights
 from common.ops.attention.base import Plan
-from common.ops.linear import Product, make_linear
+from common.ops.linear import Product
 
 # (x_TE, cos_T1D, sin_T1D, plan) -> the heads' outputs of each token
 AttentionBlock = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Plan], torch.Tensor]
@@ -58,27 +58,25 @@ class Decoder:
         config: ModelConfig,
         checkpoint: Checkpoint,
         context_length: int,
+        parallel: Parallel,
         load_layer: Callable[[Weights, int], DecoderLayer],
     ) -> None:
-        """`load_layer` makes the layer of a number.
+        """`load_layer` makes this rank's part of the layer of a number.
 
         Raises:
-            MeshError: BAD_CHECKPOINT.
+            MeshError: BAD_CHECKPOINT; BAD_CONFIG for what so many ranks cannot share.
         """
-        hidden, vocabulary = config.hidden_size, config.vocab_size
-        self.embedding_VE = checkpoint.owned("model.embed_tokens.weight", vocabulary, hidden)
+        weights = Weights(checkpoint, config.rms_norm_eps, parallel)
+        hidden, tied = config.hidden_size, config.tie_word_embeddings
+        self.embedding, self.head = weights.vocabulary(config.vocab_size, hidden, tied)
         try:
             self.rotary = Rotary(
                 config.rope, config.rotary_dim, config.max_position_embeddings, context_length, checkpoint.device
             )
         except ValueError as error:
             raise bad_checkpoint(f"{checkpoint.folder / 'config.json'}: {error}") from None
-        weights = Weights(checkpoint, config.rms_norm_eps)
         self.layers = [load_layer(weights, layer) for layer in range(config.num_hidden_layers)]
         self.norm = weights.norm("model.norm", hidden)
-        tied = config.tie_word_embeddings
-        # Like the embedding, the head is never quantized.
-        self.head = make_linear(self.embedding_VE if tied else checkpoint.owned("lm_head.weight", vocabulary, hidden))
 
     def __call__(
         self,
@@ -88,7 +86,7 @@ class Decoder:
         wanted_S: torch.Tensor | None,
     ) -> torch.Tensor:
         """Logits `[S, V]` after the rows `wanted_S`; after all of them when it is None."""
-        x_TE = F.embedding(token_ids_T, self.embedding_VE)
+        x_TE = self.embedding(token_ids_T)
         cos_T1D, sin_T1D = self.rotary.tables(positions_T, x_TE.dtype)
         for layer in self.layers[:-1]:
             x_TE = layer(x_TE, cos_T1D, sin_T1D, plan, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common.dist.parallel import Parallel
 from common.layers.routing import Routing
 from common.models.checkpoint import Checkpoint
 from common.models.config import ModelConfig, bad_checkpoint
@@ -12,7 +13,7 @@ from common.models.weights import Weights
 from common.ops.linear import Product
 
 
-def load(config: ModelConfig, checkpoint: Checkpoint, context_length: int) -> Decoder:
+def load(config: ModelConfig, checkpoint: Checkpoint, context_length: int, parallel: Parallel) -> Decoder:
     """Llama's attention; every layer has experts, under names of its own, whose weights always sum to one."""
     if config.sliding_window is not None:  # which here is no matter of use_sliding_window
         raise bad_checkpoint("config.json: sliding-window attention: not supported")
@@ -24,4 +25,4 @@ def load(config: ModelConfig, checkpoint: Checkpoint, context_length: int) -> De
     def feed_forward(weights: Weights, layer: int) -> Product:
         return load_moe(config, weights, layer, moe)
 
-    return load_dense(config, checkpoint, context_length, DenseOptions(), feed_forward)
+    return load_dense(config, checkpoint, context_length, parallel, DenseOptions(), feed_forward)

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from common.dist.dispatch.local import dispatch_local
+from common.dist.dispatch.replicated import ReplicatedDispatch
+from common.dist.group import ALONE
+from common.dist.parallel import share
 from common.layers.moe import Experts, MixtureOfExperts
 from common.layers.routing import Router, Routing
 from common.models.config import ModelConfig, bad_checkpoint
-from common.models.weights import Weights
+from common.models.weights import Weights, summed
 from common.ops.linear import Product
 
 LLAMA_NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -37,13 +39,15 @@ class MoeOptions:
 
 
 def load_moe(config: ModelConfig, weights: Weights, layer: int, options: MoeOptions) -> MixtureOfExperts:
-    """The mixture of one layer. Raises `MeshError` (BAD_CHECKPOINT)."""
+    """This rank's part of the mixture of one layer. Raises `MeshError`, see `Weights`."""
     prefix, hidden, experts = f"model.layers.{layer}.{options.prefix}", config.hidden_size, config.routed_experts
-    checkpoint = weights.checkpoint
+    checkpoint, parallel = weights.checkpoint, weights.parallel
+    owners, sharers = (parallel.experts, ALONE) if parallel.own_experts else (ALONE, parallel.experts)
+    mine = share("experts", experts, owners)
 
     def block(expert: int) -> Product:
         gate, up, down = (f"{prefix}.experts.{expert}.{name}" for name in options.names)
-        return weights.mlp((gate, up, down), hidden, options.expert_size)
+        return weights.mlp((gate, up, down), hidden, options.expert_size, sharers)
 
     gate_XE = checkpoint.tensor(f"{prefix}.gate.weight", experts, hidden, dtype=torch.float32).clone()
     bias_X = None
@@ -52,11 +56,11 @@ def load_moe(config: ModelConfig, weights: Weights, layer: int, options: MoeOpti
     shared = None
     if options.shared_size:
         gate, up, down = (f"{prefix}.shared_experts.{name}" for name in LLAMA_NAMES)
-        shared = weights.mlp((gate, up, down), hidden, options.shared_size)
+        shared = summed(weights.mlp((gate, up, down), hidden, options.shared_size, parallel.dense), parallel.dense)
     return MixtureOfExperts(
         Router(gate_XE, options.routing, bias_X),
-        Experts(0, [block(expert) for expert in range(experts)]),
-        dispatch_local,
+        Experts(mine.start, [block(expert) for expert in range(mine.start, mine.stop)]),
+        parallel.dispatch or ReplicatedDispatch(parallel.experts),
         shared,
     )
 

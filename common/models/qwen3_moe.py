@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from common.dist.parallel import Parallel
 from common.layers.routing import Routing
 from common.models.checkpoint import Checkpoint
 from common.models.config import ModelConfig
 from common.models.decoder import Decoder
-from common.models.dense import DenseOptions, load_dense
+from common.models.dense import DenseOptions, load_dense, load_gated
 from common.models.moe import MoeOptions, check_routing, load_moe
-from common.models.weights import Weights, mlp_names
+from common.models.weights import Weights
 from common.ops.linear import Product
 
 
-def load(config: ModelConfig, checkpoint: Checkpoint, context_length: int) -> Decoder:
+def load(config: ModelConfig, checkpoint: Checkpoint, context_length: int, parallel: Parallel) -> Decoder:
     """Attention is Qwen3's; layers have experts but for those that `mlp_only_layers` and `decoder_sparse_step` keep
     dense."""
     routing = Routing(top_k=config.num_experts_per_tok or 1, normalise=bool(config.norm_topk_prob))
@@ -21,9 +22,8 @@ def load(config: ModelConfig, checkpoint: Checkpoint, context_length: int) -> De
 
     def feed_forward(weights: Weights, layer: int) -> Product:
         if layer in (config.mlp_only_layers or ()) or (layer + 1) % config.decoder_sparse_step:
-            names = mlp_names(f"model.layers.{layer}.mlp")
-            return weights.mlp(names, config.hidden_size, config.intermediate_size)
+            return load_gated(config, weights, layer)
         return load_moe(config, weights, layer, moe)
 
     options = DenseOptions(qkv_bias=config.attention_bias, output_bias=config.attention_bias, qk_norm=True)
-    return load_dense(config, checkpoint, context_length, options, feed_forward)
+    return load_dense(config, checkpoint, context_length, parallel, options, feed_forward)

@@ -8,6 +8,7 @@ from typing import Protocol, cast
 
 import torch
 
+from common.dist.parallel import Parallel
 from common.models.checkpoint import Checkpoint
 from common.models.config import ModelConfig, bad_checkpoint
 from common.ops.attention.base import Plan
@@ -28,9 +29,14 @@ class CausalLM(Protocol):
 
 
 class Loader(Protocol):
-    """`load` of a family's file. Raises `MeshError` (BAD_CHECKPOINT)."""
+    """`load` of a family's file, for one rank.
 
-    def __call__(self, config: ModelConfig, checkpoint: Checkpoint, context_length: int) -> CausalLM: ...
+    Raises `MeshError`: BAD_CHECKPOINT, or BAD_CONFIG for a model that so many ranks cannot share.
+    """
+
+    def __call__(
+        self, config: ModelConfig, checkpoint: Checkpoint, context_length: int, parallel: Parallel
+    ) -> CausalLM: ...
 
 
 @dataclass(frozen=True)

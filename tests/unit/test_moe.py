@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
-from common.dist.dispatch.local import dispatch_local
+from common.dist.dispatch.replicated import owned_sums
 from common.errors.base import MeshError
 from common.layers.mla import halves_from_pairs
 from common.layers.moe import Experts
 from common.layers.routing import Routing, choose_experts
 from common.models.config import ModelConfig
+from common.models.deepseek import moe_options
 from common.models.moe import check_routing
 
 pytestmark = pytest.mark.unit
@@ -75,7 +77,7 @@ def test_owners_of_experts_sum_to_the_whole(tokens: int, cuts: tuple[int, ...]) 
     total = torch.zeros(tokens, HIDDEN)
     for first, last in pairwise(cuts):
         owned = Experts(first, [lambda x, w=weight: x @ w.T for weight in weight_XEE[first:last]])
-        total += dispatch_local(x_TE, expert_TK, weight_TK, owned)
+        total += owned_sums(x_TE, expert_TK, weight_TK, owned)
     torch.testing.assert_close(total, wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -86,10 +88,10 @@ def test_a_token_does_not_depend_on_the_others() -> None:
     owned = Experts(0, [lambda x, w=weight: torch.stack([w @ row for row in x]) for weight in weight_XEE])
     x_TE, weight_TK = torch.randn(TOKENS, HIDDEN), torch.rand(TOKENS, 3)
     expert_TK = torch.rand(TOKENS, EXPERTS).argsort(1)[:, :3]
-    together = dispatch_local(x_TE, expert_TK, weight_TK, owned)
+    together = owned_sums(x_TE, expert_TK, weight_TK, owned)
     for token in range(TOKENS):
         rows = slice(token, token + 1)
-        assert dispatch_local(x_TE[rows], expert_TK[rows], weight_TK[rows], owned).equal(together[rows])
+        assert owned_sums(x_TE[rows], expert_TK[rows], weight_TK[rows], owned).equal(together[rows])
 
 
 @pytest.mark.parametrize(
@@ -103,10 +105,63 @@ def test_a_token_does_not_depend_on_the_others() -> None:
     ],
 )
 def test_impossible_routings_are_refused(routing: Routing, message: str) -> None:
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    config = ModelConfig(**dict.fromkeys(sizes, 8), n_routed_experts=EXPERTS)
+    config = ModelConfig(**dict.fromkeys(SIZES, 8), n_routed_experts=EXPERTS)
     with pytest.raises(MeshError, match=message):
         check_routing(config, routing)
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+V3 = {
+    "model_type": "deepseek_v3",
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "moe_intermediate_size": 2048,
+    "n_shared_experts": 1,
+}
+V3_ROUTING = Routing(8, sigmoid=True, groups=8, top_groups=4, best_of_group=2, normalise=True, scale=2.5)
+V2 = {
+    "model_type": "deepseek_v2",
+    "n_routed_experts": 160,
+    "num_experts_per_tok": 6,
+    "n_group": 8,
+    "topk_group": 3,
+    "topk_method": "group_limited_greedy",
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 16.0,
+    "moe_intermediate_size": 1536,
+    "n_shared_experts": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "routing"),
+    [
+        (V3, V3_ROUTING),
+        (V3 | {"topk_method": None, "scoring_func": None}, V3_ROUTING),  # as transformers writes it
+        (V3 | {"model_type": "other", "architectures": ["DeepseekV3ForCausalLM"], "topk_method": None}, V3_ROUTING),
+        (V2, Routing(6, groups=8, top_groups=3, scale=16.0)),
+        (V2 | {"topk_method": "greedy", "n_group": 1, "topk_group": 1}, Routing(6, scale=16.0)),
+        (V2 | {"norm_topk_prob": True}, Routing(6, groups=8, top_groups=3, normalise=True)),
+    ],
+)
+def test_routing_of_deepseek(config: dict[str, Any], routing: Routing) -> None:
+    """As the published checkpoints have it."""
+    options = moe_options(ModelConfig(**dict.fromkeys(SIZES, 8), **config))
+    assert options.routing == routing
+    assert options.corrected == routing.sigmoid
+    assert options.shared_size == config["n_shared_experts"] * options.expert_size
+
+
+def test_unknown_routing_is_refused() -> None:
+    with pytest.raises(MeshError, match="topk_method 'random'"):
+        moe_options(ModelConfig(**dict.fromkeys(SIZES, 8), **V3 | {"topk_method": "random"}))
 
 
 def test_pairs_become_halves() -> None:

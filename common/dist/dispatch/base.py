@@ -1,12 +1,17 @@
 """The expert dispatch seam: tokens go to the ranks that own their experts, and come back as weighted sums.
 
-Shape suffixes: T tokens of this rank, K experts that each token goes to, E hidden size, N rows: a token at one expert.
+What a layer calls is an `ExpertDispatch`. Where ranks have tokens of their own it stands on an `ExpertBuffer`, which
+moves them: the contract is that of DeepEP's `Buffer`, and every backend passes tests/contract/test_dispatch.py.
+
+Shape suffixes: T tokens of this rank, K experts that each token goes to, E hidden size, N rows: a token at one expert,
+M tokens received, L experts of this rank, S slots of an expert: ranks * most tokens of a rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
@@ -35,4 +40,66 @@ class ExpertDispatch(Protocol):
 
         Every rank of the group calls it for every layer, also one without tokens.
         """
+        ...
+
+
+@dataclass
+class Received:
+    """Tokens that came because this rank owns some of their experts.
+
+    Attributes:
+        x_ME: The tokens; one that has several experts here came once.
+        expert_MK: Its experts, numbers in the whole layer; -1 or another rank's where it is no concern of this one.
+        weight_MK: Their weights.
+        handle: For `combine`.
+    """
+
+    x_ME: torch.Tensor
+    expert_MK: torch.Tensor
+    weight_MK: torch.Tensor
+    handle: Any
+
+
+@dataclass
+class ReceivedFixed:
+    """The same in a shape that does not depend on the tokens, as captured graphs need it.
+
+    Attributes:
+        x_LSE: For each expert its tokens, in the first `count_L` slots; what is in the others means nothing.
+        count_L: Tokens of each expert.
+        handle: For `combine_fixed`.
+    """
+
+    x_LSE: torch.Tensor
+    count_L: torch.Tensor
+    handle: Any
+
+
+class ExpertBuffer(Protocol):
+    """Moves tokens between the ranks of a group, which own equally many experts each, in order.
+
+    All ranks make the same calls; one may have no tokens.
+
+    Attributes:
+        max_tokens: Most tokens of a rank in `dispatch_fixed`.
+    """
+
+    max_tokens: int
+
+    def dispatch(self, x_TE: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> Received:
+        """Normal mode: each token once to every rank that owns one of its experts."""
+        ...
+
+    def combine(self, sums_ME: torch.Tensor, handle: Any) -> torch.Tensor:
+        """Back to the tokens' ranks, `[T, E]`: the sum of what the ranks made of each."""
+        ...
+
+    def dispatch_fixed(self, x_TE: torch.Tensor, expert_TK: torch.Tensor) -> ReceivedFixed:
+        """Low-latency mode: each token to each of its experts. Raises `ValueError` for more than `max_tokens`."""
+        ...
+
+    def combine_fixed(
+        self, y_LSE: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor, handle: Any
+    ) -> torch.Tensor:
+        """Back to the tokens' ranks, `[T, E]`, weighted there."""
         ...

@@ -48,7 +48,9 @@ class TorchAttentionPlan:
         for prefill in self.step.prefills:
             rows = slice(prefill.first, prefill.first + prefill.span.length)
             parts.append(self.prefill(layer, prefill, q_THD[rows], k_TKD[rows], v_TKD[rows]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else q_THD.flatten(1)
 
     def decode(self, layer: int, group: DecodeGroup, q_BHD: torch.Tensor) -> torch.Tensor:
         backend = self.backend

@@ -66,7 +66,10 @@ class TorchLatentPlan:
         for prefill in self.step.prefills:
             rows = slice(prefill.first, prefill.first + prefill.span.length)
             parts.append(self.prefill(layer, prefill, q_THN[rows], q_THR[rows], latent_TL[rows], expand_HXC))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(parts) == 1:
+            return parts[0]
+        nothing = q_THN.new_empty((0, expand_HXC.shape[0] * (expand_HXC.shape[1] - q_THN.shape[2])))
+        return torch.cat(parts) if parts else nothing
 
     def decode(
         self, layer: int, group: DecodeGroup, q_BHN: torch.Tensor, q_BHR: torch.Tensor, expand_HXC: torch.Tensor
