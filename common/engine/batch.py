@@ -43,13 +43,16 @@ class Batch:
 
 
 def make_batch(chunks: Sequence[Chunk], device: torch.device) -> Batch:
-    """Lay chunks out: those of one token first, the longest sequence first, then the others."""
+    """Lay chunks out: those of one token first, the longest sequence first, then the others.
+
+    There may be none, for a rank that only keeps others company.
+    """
     order = sorted(range(len(chunks)), key=lambda index: layout_key(chunks[index]))
     laid = [chunks[index] for index in order]
     spans = [Span(chunk.start, len(chunk.token_ids), chunk.pages) for chunk in laid]
     token_ids = np.fromiter(chain.from_iterable(chunk.token_ids for chunk in laid), dtype=np.int64)
-    starts = np.array([span.start for span in spans])
-    lengths = np.array([span.length for span in spans])
+    starts = np.array([span.start for span in spans], dtype=np.int64)
+    lengths = np.array([span.length for span in spans], dtype=np.int64)
     ends = lengths.cumsum()
     positions = np.arange(len(token_ids)) + (starts - ends + lengths).repeat(lengths)
     last_row = np.empty(len(chunks), dtype=np.int64)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from common.config.flags import bad
+from common.dist.parallel import NOT_PARALLEL, Parallel
 from common.engine.base import Sampled
 from common.engine.batch import Chunk as Chunk
 from common.engine.batch import make_batch
@@ -49,6 +50,7 @@ class ModelRunner:
         fingerprint: str,
         eos_token_ids: tuple[int, ...],
         device: torch.device,
+        num_heads: int,
     ) -> None:
         self.model = model
         self.layout = layout
@@ -58,18 +60,18 @@ class ModelRunner:
         self.fingerprint = fingerprint
         self.eos_token_ids = eos_token_ids
         self.device = device
-        self.num_heads = model_config.num_attention_heads
+        self.num_heads = num_heads
         self.scale = model_config.attention_scale
         self.attention: AttentionBackend | None = None
         self.pool: KvPool | None = None
 
     @classmethod
-    def load(cls, config: EngineConfig) -> ModelRunner:
-        """Load a checkpoint's weights. Sets torch's number of threads when `config` names one.
+    def load(cls, config: EngineConfig, parallel: Parallel = NOT_PARALLEL) -> ModelRunner:
+        """Load a rank's part of a checkpoint's weights. Sets torch's number of threads when `config` names one.
 
         Raises:
             MeshError: BAD_CHECKPOINT for a folder that is broken or not supported; BAD_CONFIG for a context that
-                is longer than the model's, or a device that is not there.
+                is longer than the model's, a device that is not there, or a model that so many ranks cannot share.
         """
         if config.cpu_threads:
             torch.set_num_threads(config.cpu_threads)
@@ -83,11 +85,20 @@ class ModelRunner:
         if quantization:
             log.info(f"FP8 weights are dequantized to {dtype}: {why_dequantized(device)}", stored=quantization.stored)
         with torch.inference_mode(), Checkpoint(folder, TORCH_DTYPE[dtype], device, quantization) as checkpoint:
-            model = load_model(model_config, checkpoint, context_length)
+            model = load_model(model_config, checkpoint, context_length, parallel)
             fingerprint = checkpoint.fingerprint(model_config)
-        layout = kv_layout(model_config, dtype, config.page_size)
-        eos_token_ids = read_eos_token_ids(folder, model_config)
-        return cls(model, model_config, layout, context_length, str(folder), fingerprint, eos_token_ids, device)
+        ranks = parallel.attention.size
+        return cls(
+            model,
+            model_config,
+            kv_layout(model_config, dtype, config.page_size, ranks),
+            context_length,
+            str(folder),
+            fingerprint,
+            read_eos_token_ids(folder, model_config),
+            device,
+            model_config.num_attention_heads // ranks,
+        )
 
     def attach_pool(self, pool: KvPool) -> None:
         """Use `pool` for all keys and values. Raises `ValueError` when its layout is another."""
