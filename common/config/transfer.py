@@ -116,8 +116,8 @@ def read_mooncake_file(path: str | None) -> MooncakeFile:
         raise bad(f"{source}: metadata_server: {metadata!r} is not used here; endpoints need {PEER_TO_PEER}")
     if protocol.lower() not in ("", "tcp", "rdma"):
         raise bad(f"{source}: protocol: {protocol!r} is neither tcp nor rdma")
-    if any(map(str.isspace, host)):
-        raise bad(f"{source}: local_hostname: {host!r} is not a host")
+    if any(map(str.isspace, host)) or host.count(":") == 1:
+        raise bad(f"{source}: local_hostname: {host!r} is not a host, without a port: engines choose theirs")
     devices = () if device in DISCOVER else names_of(device, f"{source}: device_name")
     return MooncakeFile(host, protocol.lower(), devices)
 

@@ -1,9 +1,9 @@
 """The control channel between endpoints: notifications, and who is alive.
 
 Every endpoint listens on one stream socket and serves all its connections from one thread. A connection is
-used in one direction: who dialled sends, who accepted receives. All sockets of the process that ends are closed
-by its kernel, so an end of file means that the peer is gone, whatever its engine says. The kernel closes them
-after the last thread of the process has left its memory: at the end of file none of them can write to a mapping.
+used in one direction: who dialled sends, who accepted receives, and answers a PING. All sockets of the process that
+ends are closed by its kernel, so an end of file means that the peer is gone, whatever its engine says. The kernel
+closes them after the last thread of the process has left its memory: at the end of file none can write to a mapping.
 A connection that ends otherwise (its host does not answer, or has forgotten it) proves nothing.
 
 A frame is a header (magic, version, kind, length, incarnation of the addressee) and at most 64 KiB of payload.
@@ -14,6 +14,7 @@ sockets also accept their own user only.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import math
 import os
@@ -54,6 +55,8 @@ class Kind(IntEnum):
     NOTIFY = 3
     WRITE_BEGINS = 4
     WRITE_ENDS = 5
+    PING = 6
+    PONG = 7
 
 
 class Link:
@@ -142,8 +145,11 @@ class Channel:
             return name.decode()
         return (str(name[0]), int(name[1]))
 
-    def dial(self, address: Address, peer: bytes) -> Link:
-        """Connect to the incarnation `peer`; blocks for at most some seconds. Raises `TransferError`."""
+    def dial(self, address: Address, peer: bytes, life: int | None = None) -> Link:
+        """Connect to the incarnation `peer`, in the life `life` (default: this moment's).
+
+        Blocks for at most some seconds. Raises `TransferError`.
+        """
         try:
             connection = _connect(address)
         except OSError as error:
@@ -151,7 +157,9 @@ class Channel:
         link = Link(connection, peer)
         try:
             _check_user(connection)
-            connection.sendall(_frame(Kind.HELLO, peer, _HELLO.pack(self._incarnation, self.life)))
+            connection.sendall(
+                _frame(Kind.HELLO, peer, _HELLO.pack(self._incarnation, self.life if life is None else life))
+            )
             _receive_welcome(link, self._incarnation)
         except (OSError, TransferError) as error:
             link.close()
@@ -295,9 +303,16 @@ class Channel:
                 if not self._welcome(link, kind, payload):
                     self.dropped_frames += 1
                     return False
+            elif kind == Kind.PING:
+                self._answer(link)
             else:
                 self._events.on_frame(link, kind, payload)
         return True
+
+    def _answer(self, link: Link) -> None:
+        """Tell who asks that this process runs; if it is gone, its end of file comes next."""
+        with contextlib.suppress(TransferError):
+            self.send(link, Kind.PONG)
 
     def _welcome(self, link: Link, kind: Kind, payload: bytes) -> bool:
         if kind != Kind.HELLO or len(payload) != _HELLO.size:
@@ -412,6 +427,7 @@ def _keep_alive(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000)  # the same where data wait, in ms
 
 
 def _check_user(connection: socket.socket) -> None:

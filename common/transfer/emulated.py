@@ -2,7 +2,7 @@
 
 A transfer ends `latency_s + bytes / bytes_per_s` after it was submitted; those to one peer share a wire, on which
 their bytes follow one another while their latencies overlap. Everything else is real: the control channel, its
-notices, peers that die, incarnations, deadlines and fencing. There is no thread for each peer: the channel's waits.
+notices, peers that die, incarnations, deadlines and fencing. There are no threads that write: the channel's waits.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
+from collections.abc import Callable
 
 from common.transfer.base import Capabilities, HandleState, TransferBackend, TransferConfig, TransferError, Wake
 from common.transfer.channel import Link
-from common.transfer.dispatcher import Transfer, Writer
-from common.transfer.endpoint import Descriptor, Endpoint, Pool
-from common.transfer.runs import LENGTH
+from common.transfer.endpoint import Endpoint, Pool
+from common.transfer.peers import Descriptor, Session
+from common.transfer.sender import Transfer, Writer
 
 
 def load() -> None:
@@ -46,7 +47,7 @@ class EmulatedEndpoint(Endpoint):
             return
         with self._lock:
             heapq.heappush(self._on_the_wire, (arrives_at, next(self._order), transfer))
-        _, channel = self._begun()
+        _, channel, _ = self._begun()
         channel.poke()
 
     def on_tick(self) -> float | None:
@@ -61,8 +62,9 @@ class EmulatedEndpoint(Endpoint):
         deadline_s = super().on_tick()
         return min((wait for wait in (next_s, deadline_s) if wait is not None), default=None)
 
-    def _make_dispatcher(self, name: str, pool: Pool, peer: Descriptor, link: Link) -> Wire:
-        return Wire(self)
+    def make_way(self, descriptor: Descriptor, link: Link, session: Session) -> Wire:
+        _, _, peers = self._begun()
+        return Wire(self, lambda: peers.closed(session))
 
     def _start_engine(self, pool: Pool) -> None:
         return
@@ -78,23 +80,26 @@ class EmulatedEndpoint(Endpoint):
 
 
 class Wire:
-    """The way to one peer, in place of a thread that writes. Used under no lock, by whoever submits."""
+    """The way to one peer, in place of threads that write. Used under no lock, by whoever submits."""
 
-    def __init__(self, endpoint: EmulatedEndpoint) -> None:
+    def __init__(self, endpoint: EmulatedEndpoint, on_closed: Callable[[], None]) -> None:
         self._endpoint = endpoint
+        self._on_closed = on_closed
         self._free_at = 0.0
 
     def put(self, transfer: Transfer) -> None:
         """Send it after what was put before."""
         config = self._endpoint.config
-        nbytes = int(transfer.pieces[:, LENGTH].sum())
-        bytes_s = nbytes / config.bytes_per_s if config.bytes_per_s else 0.0
-        transfer.begun = max(self._free_at, transfer.submitted)
+        now = time.monotonic()
+        bytes_s = transfer.nbytes / config.bytes_per_s if config.bytes_per_s else 0.0
+        transfer.begun = max(self._free_at, now)
         self._free_at = transfer.begun + bytes_s
         self._endpoint.send(transfer, self._free_at + config.latency_s)
 
     def stop(self) -> None:
         """Nothing runs: whoever calls has ended the transfers."""
+        self._on_closed()
 
-    def join(self) -> None:
-        """Nothing to wait for."""
+    def is_writing(self, transfer: Transfer) -> bool:
+        """Never."""
+        return False

@@ -1,21 +1,21 @@
-"""What all backends share: handles and their deadlines, peers, notifications, the order of closing.
+"""What all backends share: handles and their deadlines, notifications, the order of closing.
 
-A backend adds its engine by overriding the hooks at the end of `Endpoint`. Locks: `_lock` guards the tables and
-is never held while something blocks or calls out.
+A backend adds its engine by overriding the hooks at the end of `Endpoint`. Who writes is in `sender.py`, to whom in
+`peers.py`. Locks: `_lock` guards the tables and is never held while something blocks or calls out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import msgspec
 
 from common.transfer.base import (
     Capabilities,
@@ -23,40 +23,24 @@ from common.transfer.base import (
     Handle,
     HandleState,
     PeerId,
+    Pieces,
     Run,
     TransferConfig,
     TransferError,
     Wake,
 )
 from common.transfer.channel import Address, Channel, Kind, Link
-from common.transfer.dispatcher import Dispatcher, PeerQueue, Transfer, Writer
 from common.transfer.memory import address_of, map_memory
-from common.transfer.runs import checked
+from common.transfer.peers import STRIKES, Descriptor, Peers, Session, Way
+from common.transfer.runs import batches, checked
+from common.transfer.sender import Outlet, SenderPool, Transfer, Writer
 
-_MAGIC = b"pdmesh-transfer-1:"
-
-
-class Descriptor(msgspec.Struct, frozen=True, array_like=True):
-    """What `export` gives away. `engine` is the backend's own."""
-
-    backend: str
-    incarnation: bytes
-    control: str | tuple[str, int]
-    pool_bytes: int
-    engine: bytes
-
-    def encode(self) -> bytes:
-        return _MAGIC + msgspec.msgpack.encode(self)
-
-    @staticmethod
-    def decode(data: bytes) -> Descriptor:
-        """Raises `TransferError` for anything but a descriptor of this version."""
-        if not data.startswith(_MAGIC):
-            raise TransferError("this is not a transfer descriptor of a version that this build reads")
-        try:
-            return msgspec.msgpack.decode(data[len(_MAGIC) :], type=Descriptor)
-        except msgspec.DecodeError as error:
-            raise TransferError(f"the transfer descriptor is damaged: {error}") from None
+# What may wait in one queue to one peer. More would only take from what coalesces later.
+QUEUE_DEPTH = 16
+# A peer is asked for a sign of life while transfers to it are under way; without one it is lost.
+UNANSWERED_S = 10.0
+_PING_S = 2.0
+_TICK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -68,14 +52,6 @@ class Pool:
     gpu: int | None = None
 
 
-@dataclass(eq=False)
-class _Peer:
-    descriptor: Descriptor
-    link: Link
-    dispatcher: PeerQueue
-    gone: str = ""
-
-
 class Endpoint(ABC):
     """A `TransferBackend` without an engine. Every method may be called from any thread."""
 
@@ -83,20 +59,24 @@ class Endpoint(ABC):
     capabilities: Capabilities
     # How long bytes of a process that has ended may still be on their way into the pool, in seconds.
     settle_s: float = 0.0
+    # What an engine is given at once: a transfer that is to end must wait for it.
+    part_pieces: int = 1024
+    part_bytes: int = 16 << 20
 
     def __init__(self, config: TransferConfig, wake: Wake) -> None:
         self.config = config
         self.incarnation = uuid.uuid4().bytes
         self._wake = wake
         self._lock = threading.Lock()
-        self._connecting = threading.Lock()
+        self._closing = threading.Lock()
         self._pool: Pool | None = None
         self._channel: Channel | None = None
-        self._peers: dict[PeerId, _Peer] = {}
-        self._peer_ids = itertools.count(1)
+        self._peers: Peers | None = None
+        self._senders = SenderPool(config.threads, config.queues, self._released)
         self._handles = itertools.count(1)
-        self._transfers: dict[Handle, tuple[_Peer, Transfer]] = {}  # those that have not ended
-        self._deadlines: list[tuple[float, Handle]] = []  # a heap; may name transfers that have ended
+        self._transfers: dict[Handle, tuple[Session, Transfer]] = {}  # those that have not ended
+        self._noisy: dict[Handle, tuple[Session, Transfer]] = {}  # those that have, and may still be written
+        self._deadlines: list[tuple[float, Handle]] = []  # a heap; may name transfers that are over
         self._completions: list[Completion] = []
         self._received: list[bytes] = []
         self._closed = False
@@ -114,7 +94,7 @@ class Endpoint(ABC):
         self._begin(Pool(address, nbytes, gpu))
 
     def export(self) -> bytes:
-        pool, channel = self._begun()
+        pool, channel, _ = self._begun()
         address = self._announced(channel.address)
         return Descriptor(self.name, self.incarnation, address, pool.nbytes, self._engine_info()).encode()
 
@@ -123,113 +103,195 @@ class Endpoint(ABC):
             raise TransferError("the endpoint is closed" if self._closed else "the endpoint has its pool already")
         self._start_engine(pool)
         self._channel = Channel(self.incarnation, self._control_address(), self, self._shared_fds())
+        self._peers = Peers(self._channel, self._lock, self, self.config.queues)
         self._pool = pool
 
-    def _begun(self) -> tuple[Pool, Channel]:
+    def _begun(self) -> tuple[Pool, Channel, Peers]:
         if self._closed:
             raise TransferError("the endpoint is closed")
-        if self._pool is None or self._channel is None:
+        if self._pool is None or self._channel is None or self._peers is None:
             raise TransferError("the endpoint has no pool yet")
-        return self._pool, self._channel
+        return self._pool, self._channel, self._peers
 
     # ------------------------------------------------------------------------------------------ peers
 
     def connect(self, descriptor: bytes) -> PeerId:
-        pool, channel = self._begun()
+        _, channel, peers = self._begun()
         wanted = Descriptor.decode(descriptor)
         if wanted.backend != self.name:
             raise TransferError(f"the peer's transfer backend is {wanted.backend}, this one is {self.name}")
-        with self._connecting:
-            for peer_id, peer in list(self._peers.items()):
-                if peer.descriptor.incarnation == wanted.incarnation:
-                    if peer.gone:
-                        raise TransferError(f"{peer.gone}; disconnect it before connecting again")
-                    return peer_id
-            link = channel.dial(wanted.control, wanted.incarnation)
-            peer_id = PeerId(next(self._peer_ids))
-            dispatcher = self._make_dispatcher(f"transfer-peer-{peer_id}", pool, wanted, link)
-            peer = _Peer(wanted, link, dispatcher)
-            with self._lock:
-                if not link.open:
-                    peer.gone = "the peer is gone"
-                self._peers[peer_id] = peer
-            return peer_id
+        return peers.connect(wanted, channel.life)
 
     def disconnect(self, peer: PeerId) -> None:
-        known = self._peers.get(peer)
-        if known is None or self._channel is None:
-            return
-        self._lose(known, "the peer was disconnected")
-        known.dispatcher.stop()
-        known.dispatcher.join()
-        self._channel.hang_up(known.link)
-        with self._lock:
-            self._peers.pop(peer, None)
+        session = self._peers.find(peer) if self._peers is not None else None
+        if session is not None and self._peers is not None:
+            self._peers.lose(session, "the peer was disconnected", probe=False)
+            session.closed.wait()
 
     def live(self, epoch: int) -> None:
-        _, channel = self._begun()
-        channel.life = epoch
+        _, channel, peers = self._begun()
+        if epoch != channel.life:
+            channel.life = epoch
+            peers.forgive()
 
     def fence(self, descriptor: bytes, epoch: int) -> bool:
-        _, channel = self._begun()
+        _, channel, _ = self._begun()
         writer = Descriptor.decode(descriptor)
         if writer.backend != self.name:
             raise TransferError(f"the writer's transfer backend is {writer.backend}, this one is {self.name}")
         gone_at = channel.fence(writer.incarnation, epoch)
         return gone_at is not None and time.monotonic() >= gone_at + self.settle_s
 
-    def _lose(self, peer: _Peer, why: str) -> None:
-        with self._lock:
-            peer.gone = peer.gone or why
-            lost = [transfer for owner, transfer in self._transfers.values() if owner is peer]
-        for transfer in lost:
-            self._finish(transfer, HandleState.FAILED, why)
+    def make_way(self, descriptor: Descriptor, link: Link, session: Session) -> Way:
+        """The peers': what takes the transfers to one that has answered."""
+        pool, _, peers = self._begun()
+        return Outlet(self._senders, lambda: self._open_writer(pool, descriptor, link), lambda: peers.closed(session))
 
-    def _peer(self, peer_id: PeerId) -> _Peer:
-        peer = self._peers.get(peer_id)
-        if peer is None:
-            raise TransferError(f"there is no peer {peer_id}, or no more")
-        return peer
+    def on_up(self, session: Session) -> None:
+        """The peers': a session has its way."""
+        _, channel, _ = self._begun()
+        assert session.way is not None
+        assert session.link is not None
+        while True:
+            with self._lock:
+                held, session.held = session.held, deque()
+                notes, session.notes = session.notes, []
+                if not held and not notes:
+                    session.up = True
+                    return
+            for transfer in held:
+                session.way.put(transfer)
+            for note in notes:
+                with contextlib.suppress(TransferError):  # it is gone again, which its link tells
+                    channel.send(session.link, Kind.NOTIFY, note)
+
+    def on_lost(self, session: Session) -> None:
+        """The peers': a session is no more."""
+        with self._lock:
+            for owner, transfer in self._noisy.values():
+                transfer.give_up |= owner is session
+            lost = [transfer for owner, transfer in self._transfers.values() if owner is session]
+        for transfer in lost:
+            self._finish(transfer, HandleState.FAILED, session.lost, give_up=True)
+        self._wake()
 
     # -------------------------------------------------------------------------------------- transfers
 
-    def submit(self, peer: PeerId, runs: Sequence[Run], timeout_s: float) -> Handle:
-        pool, channel = self._begun()
-        known = self._peer(peer)
-        pieces = checked(runs, pool.nbytes, known.descriptor.pool_bytes)
-        transfer = Transfer(Handle(next(self._handles)), pieces, timeout_s)
+    def submit(self, peer: PeerId, runs: Sequence[Run] | Pieces, timeout_s: float, key: int = 0) -> Handle:
+        pool, channel, peers = self._begun()
         with self._lock:
-            self._transfers[transfer.handle] = (known, transfer)
+            session = peers.get(peer)
+        pieces = checked(runs, pool.nbytes, session.target.descriptor.pool_bytes)
+        parts = deque(batches(pieces, self.part_pieces, self.part_bytes)) or deque([pieces])
+        transfer = Transfer(Handle(next(self._handles)), key % self.config.queues, timeout_s, parts)
+        with self._lock:
+            if session.lost:
+                raise TransferError(session.lost)
+            if session.waiting[transfer.queue] >= QUEUE_DEPTH:
+                raise TransferError(f"{QUEUE_DEPTH} transfers wait in this queue already")
+            session.waiting[transfer.queue] += 1
+            quiet_before = not self._transfers
+            self._transfers[transfer.handle] = (session, transfer)
             heapq.heappush(self._deadlines, (transfer.deadline, transfer.handle))
-            first = self._deadlines[0][1] == transfer.handle
-            gone = known.gone
-        if gone:
-            self._finish(transfer, HandleState.FAILED, gone)
-            return transfer.handle
-        if first:
-            channel.poke()
-        known.dispatcher.put(transfer)
+            if not session.up:
+                session.held.append(transfer)
+            up = session.up
+        if up:
+            assert session.way is not None
+            session.way.put(transfer)
+        if quiet_before:
+            channel.poke()  # the clock goes from now on
         return transfer.handle
+
+    def accepts(self, peer: PeerId, key: int = 0) -> bool:
+        _, _, peers = self._begun()
+        with self._lock:
+            session = peers.find(peer)
+            return session is None or bool(session.lost) or session.waiting[key % self.config.queues] < QUEUE_DEPTH
+
+    def cancel(self, handle: Handle) -> None:
+        with self._lock:
+            found = self._transfers.get(handle)
+        if found:
+            self._finish(found[1], HandleState.FAILED, "it was cancelled")
+
+    def quiet(self, handle: Handle) -> bool:
+        with self._lock:
+            return handle not in self._transfers and handle not in self._noisy
 
     def poll(self) -> list[Completion]:
         with self._lock:
             completions, self._completions = self._completions, []
         return completions
 
-    def _finish(self, transfer: Transfer, state: HandleState, error: str) -> None:
+    def _finish(self, transfer: Transfer, state: HandleState, error: str, *, give_up: bool = False) -> None:
+        """Tell how a transfer ended, if nobody has."""
+        now = time.monotonic()
         with self._lock:
             if transfer.ended:
                 return
+            session, _ = self._transfers.pop(transfer.handle)
+            session.waiting[transfer.queue] -= 1
+            transfer.give_up |= give_up
             transfer.ended = True
-            del self._transfers[transfer.handle]
-            self._completions.append(transfer.completion(state, error))
+            if state is HandleState.FAILED:
+                self._noisy[transfer.handle] = (session, transfer)
+            else:
+                session.strikes = 0
+                session.target.recovered()
+            self._completions.append(
+                Completion(
+                    transfer.handle,
+                    state,
+                    error,
+                    seconds=now - transfer.submitted,
+                    queued_s=(transfer.begun or now) - transfer.submitted,
+                    nbytes=transfer.nbytes,
+                    descriptors=transfer.descriptors,
+                )
+            )
+        if state is HandleState.FAILED and not (session.way and session.way.is_writing(transfer)):
+            self._hush(transfer)
         self._wake()
+
+    def _released(self, transfer: Transfer, error: str) -> None:
+        """The senders': no worker is in the transfer, nor will be."""
+        with self._lock:
+            found = self._transfers.get(transfer.handle) or self._noisy.get(transfer.handle)
+        if found is None:
+            return
+        session = found[0]
+        struck = bool(error) and not session.lost
+        self._finish(transfer, HandleState.FAILED if error else HandleState.DONE, error)
+        self._hush(transfer)
+        if struck:
+            self._strike(session, error)
+
+    def _hush(self, transfer: Transfer) -> None:
+        with self._lock:
+            was_noisy = self._noisy.pop(transfer.handle, None)
+        if was_noisy:
+            self._wake()
+
+    def _strike(self, session: Session, error: str) -> None:
+        """An engine refused a write. Once may be the write's fault, again and again is the connection's."""
+        with self._lock:
+            session.strikes += 1
+            out = session.strikes >= STRIKES
+        if out and self._peers is not None:
+            self._peers.lose(session, f"{STRIKES} writes in a row failed; the last: {error}")
 
     # ---------------------------------------------------------------------------------- notifications
 
     def notify(self, peer: PeerId, payload: bytes) -> None:
-        _, channel = self._begun()
-        channel.send(self._peer(peer).link, Kind.NOTIFY, payload)
+        _, channel, peers = self._begun()
+        with self._lock:
+            session = peers.get(peer)
+            if not session.up:
+                session.notes.append(payload)
+                return
+        assert session.link is not None
+        channel.send(session.link, Kind.NOTIFY, payload)
 
     def received(self) -> list[bytes]:
         with self._lock:
@@ -240,6 +302,9 @@ class Endpoint(ABC):
         """The channel's: a frame came."""
         if kind in (Kind.WRITE_BEGINS, Kind.WRITE_ENDS):
             self._on_remote_write(link, kind == Kind.WRITE_BEGINS)
+        elif kind == Kind.PONG and self._peers is not None:
+            if session := self._peers.of_link(link):
+                session.heard_at = time.monotonic()
         elif kind == Kind.NOTIFY:
             with self._lock:
                 self._received.append(payload)
@@ -248,43 +313,70 @@ class Endpoint(ABC):
     def on_gone(self, link: Link) -> None:
         """The channel's: a connection ended, so what runs over it cannot succeed."""
         self._on_remote_write(link, False)
-        with self._lock:
-            lost = [peer for peer in self._peers.values() if peer.link is link]
-        for peer in lost:
-            self._lose(peer, "the peer is gone")
+        if self._peers is not None and (session := self._peers.of_link(link)):
+            self._peers.lose(session, "the peer is gone")
         self._wake()
 
+    # ------------------------------------------------------------------------------------------ clock
+
     def on_tick(self) -> float | None:
-        """The channel's: end what is over its time; returns the seconds until the next deadline."""
-        expired: list[Transfer] = []
+        """The channel's: do what is due; returns the seconds until it may be called again at the latest."""
+        if self._closed or self._channel is None or self._peers is None:
+            return None
         now = time.monotonic()
+        self._expire(now)
+        self._ask_for_signs_of_life(now, self._channel, self._peers)
+        self._senders.relieve(now)
+        waits = [self._peers.on_tick(self._channel.life)]
+        with self._lock:
+            if self._transfers or self._noisy:
+                waits.append(_TICK_S)
+            if self._deadlines:
+                waits.append(max(self._deadlines[0][0] - now, 0.0))
+        return min((wait for wait in waits if wait is not None), default=None)
+
+    def _expire(self, now: float) -> None:
+        expired: list[Transfer] = []
         with self._lock:
             while self._deadlines:
                 deadline, handle = self._deadlines[0]
-                if handle in self._transfers:
-                    if deadline > now:
-                        break
-                    expired.append(self._transfers[handle][1])
+                found = self._transfers.get(handle) or self._noisy.get(handle)
+                if found and deadline > now:
+                    break
+                if found:
+                    found[1].give_up = True  # also one that was only cancelled
+                    expired.append(found[1])
                 heapq.heappop(self._deadlines)
-            wait = self._deadlines[0][0] - now if self._deadlines else None
         for transfer in expired:
-            self._finish(transfer, HandleState.FAILED, f"it did not end within {transfer.timeout_s:g} s")
-        return wait
+            message = f"it did not end within {transfer.timeout_s:g} s"
+            self._finish(transfer, HandleState.FAILED, message, give_up=True)
+
+    def _ask_for_signs_of_life(self, now: float, channel: Channel, peers: Peers) -> None:
+        with self._lock:
+            waited_for = {session for session, _ in (*self._transfers.values(), *self._noisy.values())}
+        for session in waited_for:
+            if session.link is None or session.lost:
+                continue
+            if session.pinged_at <= session.heard_at:
+                if now - session.heard_at > _PING_S:
+                    session.pinged_at = now
+                    try:
+                        channel.send(session.link, Kind.PING)
+                    except TransferError as error:
+                        peers.lose(session, str(error))
+            elif now - session.pinged_at > UNANSWERED_S:
+                peers.lose(session, f"the peer has not answered for {UNANSWERED_S:g} s")
 
     # ------------------------------------------------------------------------------------------ close
 
     def close(self) -> None:
-        with self._connecting:
-            with self._lock:
-                if self._closed:
-                    return
-                self._closed = True
-                peers = dict(self._peers)
-            for peer in peers.values():  # first tell all, then wait for each
-                self._lose(peer, "the endpoint was closed")
-                peer.dispatcher.stop()
-            for peer_id in peers:
-                self.disconnect(peer_id)
+        with self._closing:
+            if self._closed:
+                return
+            if self._peers is not None:
+                self._peers.close()
+            self._closed = True
+            self._senders.close()
             if self._channel is not None:
                 self._channel.close()
             self._stop_engine()
@@ -311,10 +403,6 @@ class Endpoint(ABC):
         """A peer begins or ends to write here. In the channel's thread; `active=False` may repeat."""
         return
 
-    def _make_dispatcher(self, name: str, pool: Pool, peer: Descriptor, link: Link) -> PeerQueue:
-        """What takes the transfers to one peer."""
-        return Dispatcher(name, lambda: self._open_writer(pool, peer, link), self._finish)
-
     @abstractmethod
     def _start_engine(self, pool: Pool) -> None:
         """Make `pool` a target. Raises `TransferError`."""
@@ -325,7 +413,7 @@ class Endpoint(ABC):
 
     @abstractmethod
     def _open_writer(self, pool: Pool, peer: Descriptor, link: Link) -> Writer:
-        """Reach a peer's pool; in the thread that will use the writer. Raises `TransferError`."""
+        """Reach a peer's pool; in a sender's thread. Raises `TransferError`."""
 
     @abstractmethod
     def _stop_engine(self) -> None:

@@ -13,7 +13,8 @@ The pool is host memory: no other process can map a GPU's this way, so that one 
 on GPUs take `nixl`, which on one host copies from GPU to GPU by itself, or `mooncake`.
 
 A write needs nothing of the peer's process: into a stopped one it succeeds, and into the pool of one that died
-it is harmless. `disconnect` waits for the copy under way, at most 16 MiB a thread; after it nothing is written.
+it is harmless. Whoever gives a transfer up
+waits for the copies under way, at most 16 MiB a worker, and so does `disconnect`; after them nothing is written.
 """
 
 from __future__ import annotations
@@ -21,17 +22,13 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
-from common.transfer.base import Capabilities, TransferBackend, TransferConfig, TransferError, Wake
+from common.transfer.base import Capabilities, Pieces, TransferBackend, TransferConfig, TransferError, Wake
 from common.transfer.channel import Link
-from common.transfer.dispatcher import GiveUp, Writer
-from common.transfer.endpoint import Descriptor, Endpoint, Pool
+from common.transfer.endpoint import Endpoint, Pool
 from common.transfer.memory import address_of, check_memfd, create_memfd, map_memory
-from common.transfer.runs import Pieces, batches
-
-_BATCH_PIECES = 256
-_BATCH_BYTES = 16 << 20
+from common.transfer.peers import Descriptor
+from common.transfer.sender import GiveUp, Writer
 
 
 def load() -> None:
@@ -78,7 +75,7 @@ class LocalEndpoint(Endpoint):
         if not link.fds:
             raise TransferError("the peer's pool is not shared memory; nothing can be written there")
         check_memfd(link.fds[0], peer.pool_bytes)
-        return _LocalWriter(pool, map_memory(peer.pool_bytes, link.fds[0]), self.config.threads)
+        return _LocalWriter(pool, map_memory(peer.pool_bytes, link.fds[0]))
 
     def _stop_engine(self) -> None:
         if self._fd is not None:
@@ -89,25 +86,20 @@ class LocalEndpoint(Endpoint):
 class _LocalWriter:
     """Copies into a mapping of the peer's pool."""
 
-    def __init__(self, pool: Pool, target: memoryview, threads: int) -> None:
+    parallel = True
+
+    def __init__(self, pool: Pool, target: memoryview) -> None:
         self._source_address = pool.address
         self._target = target
         self._target_address = address_of(target)
-        self._helpers = ThreadPoolExecutor(threads, "transfer-copy") if threads > 1 else None
 
     def write(self, pieces: Pieces, give_up: GiveUp) -> None:
-        parts = list(batches(pieces, _BATCH_PIECES, _BATCH_BYTES))
-        helpers = self._helpers if len(parts) > 1 else None  # one alone is copied faster than it is handed over
-        copies = helpers.map(self._copy, parts) if helpers else map(self._copy, parts)
-        for _ in copies:
-            if give_up():
-                raise TransferError("given up")
+        if give_up():
+            raise TransferError("given up")
+        sources, targets = pieces[:, 0] + self._source_address, pieces[:, 1] + self._target_address
+        copy = ctypes.memmove
+        for source, target, nbytes in zip(sources.tolist(), targets.tolist(), pieces[:, 2].tolist(), strict=True):
+            copy(target, source, nbytes)
 
     def close(self) -> None:
-        if self._helpers:
-            self._helpers.shutdown(cancel_futures=True)
         self._target.release()
-
-    def _copy(self, pieces: Pieces) -> None:
-        for local, remote, nbytes in pieces.tolist():
-            ctypes.memmove(self._target_address + remote, self._source_address + local, nbytes)

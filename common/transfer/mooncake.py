@@ -40,11 +40,11 @@ from typing import Any
 import msgspec
 
 from common.config.transfer import PEER_TO_PEER, rdma_devices
-from common.transfer.base import Capabilities, TransferBackend, TransferConfig, TransferError, Wake
+from common.transfer.base import Capabilities, Pieces, TransferBackend, TransferConfig, TransferError, Wake
 from common.transfer.channel import Link, is_loopback
-from common.transfer.dispatcher import GiveUp, Writer
-from common.transfer.endpoint import Descriptor, Endpoint, Pool
-from common.transfer.runs import Pieces, batches
+from common.transfer.endpoint import Endpoint, Pool
+from common.transfer.peers import Descriptor
+from common.transfer.sender import GiveUp, Writer
 
 # Put there by deploy/system_libraries.py; each after what it needs itself.
 _LIBRARIES = ("libnl-3.so.200", "libnl-route-3.so.200", "libibverbs.so.1")
@@ -55,8 +55,8 @@ _ENVIRONMENT = {
     "MC_TCP_PROGRESS_TIMEOUT_SEC": "5",
 }
 _WITHOUT_CUDA = "mooncake-transfer-engine-non-cuda"
-_BATCH_PIECES = 1024  # Mooncake refuses more than 1,024 queued and 1,024 waiting pieces a peer
-_BATCH_BYTES = 32 << 20
+_PART_PIECES = 1024  # Mooncake refuses more than 1,024 queued and 1,024 waiting pieces a peer
+_PART_BYTES = 32 << 20
 _ACCEPT_POLL = struct.pack("ll", 0, 100_000)  # a timeval: 0.1 s
 _log = logging.getLogger(__name__)
 _starting = threading.Lock()
@@ -100,6 +100,8 @@ class MooncakeEndpoint(Endpoint):
     name = "mooncake"
     capabilities = Capabilities(same_host_only=False, native_notify=True, device_memory=True)
     settle_s = 2.0
+    part_pieces = _PART_PIECES
+    part_bytes = _PART_BYTES
 
     def __init__(self, config: TransferConfig, wake: Wake, engine_class: Any) -> None:
         super().__init__(config, wake)
@@ -157,6 +159,8 @@ class _Engine:
 class _MooncakeWriter:
     """Blocking batch writes into one peer's pool."""
 
+    parallel = False
+
     def __init__(self, engine: _Engine, source: int, session: str, target: int) -> None:
         self._engine = engine
         self._source = source
@@ -164,14 +168,13 @@ class _MooncakeWriter:
         self._target = target
 
     def write(self, pieces: Pieces, give_up: GiveUp) -> None:
-        for batch in batches(pieces, _BATCH_PIECES, _BATCH_BYTES):
-            if give_up():
-                raise TransferError("given up")
-            sources = (batch[:, 0] + self._source).tolist()
-            targets = (batch[:, 1] + self._target).tolist()
-            code = self._engine.raw.batch_transfer_sync_write(self._session, sources, targets, batch[:, 2].tolist())
-            if code != 0:
-                raise TransferError(f"Mooncake gave up {len(batch)} pieces to {self._session} (code {code})")
+        if give_up():
+            raise TransferError("given up")
+        sources = (pieces[:, 0] + self._source).tolist()
+        targets = (pieces[:, 1] + self._target).tolist()
+        code = self._engine.raw.batch_transfer_sync_write(self._session, sources, targets, pieces[:, 2].tolist())
+        if code != 0:
+            raise TransferError(f"Mooncake gave up {len(pieces)} pieces to {self._session} (code {code})")
 
     def close(self) -> None:
         self._engine.close()

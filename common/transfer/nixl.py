@@ -36,18 +36,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config.transfer import rdma_ports
-from common.transfer.base import Capabilities, TransferBackend, TransferConfig, TransferError, Wake
+from common.transfer.base import Capabilities, Pieces, TransferBackend, TransferConfig, TransferError, Wake
 from common.transfer.channel import Kind, Link, is_loopback
-from common.transfer.dispatcher import GiveUp, Writer
-from common.transfer.endpoint import Descriptor, Endpoint, Pool
-from common.transfer.runs import Pieces, batches
+from common.transfer.endpoint import Endpoint, Pool
+from common.transfer.peers import Descriptor
+from common.transfer.sender import GiveUp, Writer
 
 _ENVIRONMENT = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "FATAL"}
 # As a user may have named them: a rank does not know which name it was.
 _PLUGIN = "--disaggregation-nixl-backend (SGLANG_DISAGGREGATION_NIXL_BACKEND)"
 _PARAMS = "--disaggregation-nixl-backend-params (SGLANG_DISAGGREGATION_NIXL_BACKEND_PARAMS)"
-_BATCH_PIECES = 4096
-_BATCH_BYTES = 64 << 20
+_PART_PIECES = 4096
+_PART_BYTES = 64 << 20
 _WRITER_POLL_S = 0.0001
 _TARGET_POLL_S = 0.0005
 _IDLE_POLL_S = 0.5
@@ -86,6 +86,8 @@ class NixlEndpoint(Endpoint):
     name = "nixl"
     capabilities = Capabilities(same_host_only=False, native_notify=True, device_memory=True)
     settle_s = 2.0
+    part_pieces = _PART_PIECES
+    part_bytes = _PART_BYTES
 
     def __init__(self, config: TransferConfig, wake: Wake, api: Any) -> None:
         super().__init__(config, wake)
@@ -170,6 +172,8 @@ class _Agent:
 class _NixlWriter:
     """Polled writes into one peer's pool."""
 
+    parallel = False
+
     def __init__(self, agent: _Agent, metadata: bytes, target: Pool, tell: Callable[[Kind], None]) -> None:
         self._agent = agent
         self._source = agent.pool
@@ -180,15 +184,14 @@ class _NixlWriter:
     def write(self, pieces: Pieces, give_up: GiveUp) -> None:
         self._tell(Kind.WRITE_BEGINS)
         try:
-            for batch in batches(pieces, _BATCH_PIECES, _BATCH_BYTES):
-                self._write_batch(batch, give_up)
+            self._write(pieces, give_up)
         finally:
             self._tell(Kind.WRITE_ENDS)
 
-    def _write_batch(self, batch: Pieces, give_up: GiveUp) -> None:
+    def _write(self, pieces: Pieces, give_up: GiveUp) -> None:
         agent = self._agent.raw
-        sources = agent.get_xfer_descs(_descriptors(batch[:, 0], batch, self._source), _kind(self._source))
-        targets = agent.get_xfer_descs(_descriptors(batch[:, 1], batch, self._target), _kind(self._target))
+        sources = agent.get_xfer_descs(_descriptors(pieces[:, 0], pieces, self._source), _kind(self._source))
+        targets = agent.get_xfer_descs(_descriptors(pieces[:, 1], pieces, self._target), _kind(self._target))
         transfer = agent.initialize_xfer("WRITE", sources, targets, self._peer)
         try:
             state = agent.transfer(transfer)
@@ -200,17 +203,17 @@ class _NixlWriter:
         finally:
             agent.release_xfer_handle(transfer)
         if state != "DONE":
-            raise TransferError(f"NIXL ended a write of {len(batch)} pieces as {state}")
+            raise TransferError(f"NIXL ended a write of {len(pieces)} pieces as {state}")
 
     def close(self) -> None:
         self._agent.raw.remove_remote_agent(self._peer)
         self._agent.close()
 
 
-def _descriptors(offsets: NDArray[np.int64], batch: Pieces, pool: Pool) -> NDArray[np.uint64]:
+def _descriptors(offsets: NDArray[np.int64], pieces: Pieces, pool: Pool) -> NDArray[np.uint64]:
     """`[n, 3]`: address, length, device."""
-    table = np.full((len(batch), 3), pool.gpu or 0, dtype=np.uint64)
-    table[:, 0], table[:, 1] = offsets + pool.address, batch[:, 2]
+    table = np.full((len(pieces), 3), pool.gpu or 0, dtype=np.uint64)
+    table[:, 0], table[:, 1] = offsets + pool.address, pieces[:, 2]
     return table
 
 

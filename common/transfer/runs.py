@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from common.transfer.base import Run, TransferError
-
-Pieces = NDArray[np.int64]
-"""`[n, 3]`: local offset, remote offset, length, in bytes."""
+from common.transfer.base import Pieces, Run, TransferError
 
 LENGTH = 2
 
 
-def coalesce(src_pages: Sequence[int], dst_pages: Sequence[int], page_bytes: int) -> list[Run]:
+def coalesce(src_pages: Sequence[int], dst_pages: Sequence[int], page_bytes: int) -> Pieces:
     """Pair `src_pages[i]` with `dst_pages[i]` and merge neighbours that are consecutive on both sides.
 
     Both hold page numbers, `[n]`; the order of the pieces is kept. Raises `ValueError` if their lengths differ.
@@ -24,44 +20,46 @@ def coalesce(src_pages: Sequence[int], dst_pages: Sequence[int], page_bytes: int
     target = np.asarray(dst_pages, dtype=np.int64)
     if source.shape != target.shape or source.ndim != 1:
         raise ValueError(f"{source.size} source pages do not pair with {target.size} destination pages")
-    if source.size == 0:
-        return []
-    breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(target) != 1)) + 1
-    starts = np.concatenate(([0], breaks))
-    counts = np.diff(np.concatenate((starts, [source.size])))
-    runs = zip(source[starts].tolist(), target[starts].tolist(), counts.tolist(), strict=True)
-    return [Run(src * page_bytes, dst * page_bytes, count * page_bytes) for src, dst, count in runs]
+    begins = np.ones(source.size, dtype=np.bool_)
+    begins[1:] = (np.diff(source) != 1) | (np.diff(target) != 1)
+    starts = np.flatnonzero(begins)
+    counts = np.diff(starts, append=source.size)
+    return np.stack((source[starts], target[starts], counts), axis=1) * page_bytes
 
 
-def checked(runs: Sequence[Run], local_bytes: int, remote_bytes: int) -> Pieces:
+def checked(runs: Sequence[Run] | Pieces, local_bytes: int, remote_bytes: int) -> Pieces:
     """Runs as pieces. Raises `TransferError` for one that is not inside both pools."""
-    rows = [(run.local_offset, run.remote_offset, run.nbytes) for run in runs]
-    for local, remote, nbytes in rows:
-        if nbytes <= 0 or not 0 <= local <= local_bytes - nbytes or not 0 <= remote <= remote_bytes - nbytes:
-            raise TransferError(
-                f"a run of {nbytes} bytes from {local} to {remote} is outside the pools of {local_bytes} "
-                f"and {remote_bytes} bytes"
-            )
-    return np.array(rows, dtype=np.int64).reshape(-1, 3)
+    try:
+        pieces = np.asarray(runs, dtype=np.int64).reshape(-1, 3)
+    except OverflowError:
+        raise TransferError("a run is outside the pools: it does not fit 64 bits") from None
+    limits = np.array((local_bytes, remote_bytes)) - pieces[:, LENGTH:]
+    bad = (pieces[:, LENGTH] <= 0) | ((pieces[:, :LENGTH] < 0) | (pieces[:, :LENGTH] > limits)).any(axis=1)
+    if bad.any():
+        local, remote, nbytes = pieces[bad][0].tolist()
+        raise TransferError(
+            f"a run of {nbytes} bytes from {local} to {remote} is outside the pools of {local_bytes} "
+            f"and {remote_bytes} bytes"
+        )
+    return pieces
 
 
 def batches(pieces: Pieces, max_pieces: int, max_bytes: int) -> Iterator[Pieces]:
     """Cut into batches of at most `max_pieces` pieces and `max_bytes` bytes, so that an engine ends one soon."""
     pieces = _split(pieces, max_bytes)
-    start = nbytes = 0
-    for index, length in enumerate(pieces[:, LENGTH].tolist()):
-        if index - start == max_pieces or nbytes + length > max_bytes:
-            yield pieces[start:index]
-            start, nbytes = index, 0
-        nbytes += length
-    if start < len(pieces):
-        yield pieces[start:]
+    ends = np.cumsum(pieces[:, LENGTH])
+    start = begun = 0
+    while start < len(pieces):
+        fit = int(np.searchsorted(ends, begun + max_bytes, side="right"))
+        stop = min(fit, start + max_pieces)
+        yield pieces[start:stop]
+        start, begun = stop, int(ends[stop - 1])
 
 
 def _split(pieces: Pieces, max_bytes: int) -> Pieces:
     """Cut every piece that is longer than `max_bytes`."""
     parts = -(-pieces[:, LENGTH] // max_bytes)
-    if np.all(parts == 1):
+    if (parts == 1).all():
         return pieces
     ends = np.cumsum(parts)
     skipped = (np.arange(ends[-1]) - np.repeat(ends - parts, parts)) * max_bytes

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.transfer import registry
-from common.transfer.base import Completion, HandleState, PeerId, Run, TransferBackend, TransferConfig
+from common.transfer.base import Completion, HandleState, PeerId, Run, TransferBackend, TransferConfig, TransferError
 
 PAGE = 16 << 10
 PAGES = 512
@@ -100,6 +100,15 @@ class Writer:
             if len(ended) < count:
                 assert self.news.wait(BOUND_S), "no handle ended"
         return ended
+
+    def refusal(self, peer: PeerId) -> str:
+        """What becomes of a write to a peer that is not there: it is refused, or it fails."""
+        try:
+            completion = self.write(peer, WHOLE)
+        except TransferError as error:
+            return str(error)
+        assert completion.state == HandleState.FAILED
+        return completion.error
 
     def write(self, peer: PeerId, runs: Sequence[Run], timeout_s: float = TIMEOUT_S) -> Completion:
         handle = self.endpoint.submit(peer, runs, timeout_s)

@@ -62,12 +62,17 @@ def main(backend: str, pool_bytes: int) -> None:
                 endpoint.live(epoch)
                 answer(None)
             case ["connect", descriptor]:
+                # Whether it is welcome shows in the first transfer, which is empty.
                 try:
                     peer = endpoint.connect(bytes.fromhex(descriptor))
+                    endpoint.submit(peer, [], 30.0)
                 except TransferError as error:
                     answer(str(error))
-                else:
-                    answer(peer)
+                    continue
+                while not (ended := endpoint.poll()):
+                    news.wait()
+                    news.clear()
+                answer(ended[0].error or peer)
             case ["write", peer]:
                 endpoint.submit(peer, [Run(0, 0, pool_bytes)], 30.0)
                 while not (ended := endpoint.poll()):

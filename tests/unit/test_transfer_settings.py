@@ -135,6 +135,7 @@ def test_mooncakes_file_is_honoured(machine: Path) -> None:
         ('{"protocol": "carrier pigeon"}', "protocol: 'carrier pigeon' is neither tcp nor rdma"),
         ('{"protocol": 7}', "protocol: 7 is not a text"),
         ('{"local_hostname": "two words"}', "local_hostname: 'two words' is not a host"),
+        ('{"local_hostname": "10.1.2.3:17813"}', "without a port: engines choose theirs"),
         ('{"metadata_server": "etcd://10.0.0.1:2379"}', "endpoints need P2PHANDSHAKE"),
         ('{"device_name": "mlx5_7"}', "this machine has no RDMA device mlx5_7; there are mlx5_0"),
     ],
