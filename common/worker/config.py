@@ -65,13 +65,13 @@ class HandoverConfig:
     transfer_timeout: float = flag(30.0, "Seconds after which one submitted transfer counts as failed.")
     disaggregation_thread_pool_size: int | None = flag(
         None,
-        "Threads that copy pages to one peer, with the local backend; the others have their own "
-        "(default: an eighth of three quarters of the cores, at least 4, at most 12).",
+        "Threads of a rank that write pages to its peers (default: an eighth of three quarters of the cores, at least "
+        "4, at most 12, but no more than half of the cores).",
         env=("SGLANG_DISAGGREGATION_THREAD_POOL_SIZE",),
     )
     disaggregation_queue_size: int = flag(
         4,
-        "Queues of transfers that share the threads. Checked, but not used yet: one queue a peer.",
+        "Queues of transfers to each peer. A room stays in one; the threads take turns over all, and each is bounded.",
         env=("SGLANG_DISAGGREGATION_QUEUE_SIZE",),
     )
 
@@ -92,10 +92,11 @@ class HandoverConfig:
 
     @property
     def copy_threads(self) -> int:
-        """Threads that copy to one peer; the default is SGLang's."""
+        """Threads that write; the default is SGLang's, but leaves half of the cores to the model."""
         if self.disaggregation_thread_pool_size is not None:
             return self.disaggregation_thread_pool_size
-        return min(max(int(0.75 * len(os.sched_getaffinity(0))) // 8, 4), 12)
+        cores = len(os.sched_getaffinity(0))
+        return max(1, min(max(int(0.75 * cores) // 8, 4), 12, cores // 2))
 
 
 @dataclass(frozen=True)

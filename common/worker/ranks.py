@@ -14,6 +14,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from common.config.temporary import make_folder
 from common.errors.base import MeshError, Reason
 from common.obs.log import get_logger
 from common.worker.messages import (
@@ -35,6 +36,7 @@ log = get_logger(__name__)
 
 ForRank = StartSequence | AbortSequence | RoomReserved | RoomEnded | RoomReleased | Registered | Stop
 
+PREFIX = "pdmesh-rank-"  # of the folder in which front and rank meet
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 MAX_FOLDER_LENGTH = 60  # of the temporary folder; a Unix socket's whole path has at most 107 characters
 DRAIN_S = 0.1  # for the last messages of a process that has exited; they are in the kernel already
@@ -112,9 +114,7 @@ class RankProcess:
         Raises:
             MeshError: The rank cannot start; the reason is its own, or WORKER_LOST if it died without one.
         """
-        folder = tempfile.mkdtemp(
-            prefix="pdmesh-", dir="/tmp" if len(tempfile.gettempdir()) > MAX_FOLDER_LENGTH else None
-        )
+        folder = make_folder(PREFIX, "/tmp" if len(tempfile.gettempdir()) > MAX_FOLDER_LENGTH else None)
         address = f"ipc://{folder}/rank"
         socket = zmq.Context().socket(zmq.PAIR)
         configure(socket, linger_ms=0)
@@ -134,7 +134,7 @@ class RankProcess:
                 close_socket(socket)
             raise
         finally:
-            # The two are connected, or never will be: nothing stays behind even if the front is killed.
+            # The two are connected, or never will be: nothing stays behind even if the front is killed later.
             shutil.rmtree(folder, ignore_errors=True)
         return started
 

@@ -48,13 +48,15 @@ def transfer_config(config: WorkerConfig, rank: int = 0) -> TransferConfig:
     host, _ = config.advertised
     if config.transfer_backend == "emulated":
         times = load_times(config.engine).transfer
-        return TransferConfig(host, config.host, latency_s=times.latency_s, bytes_per_s=times.bytes_per_s)
+        queues = config.handover.disaggregation_queue_size
+        return TransferConfig(host, config.host, queues=queues, latency_s=times.latency_s, bytes_per_s=times.bytes_per_s)
     mooncake = config.mooncake_file
     return TransferConfig(
         host,
         config.host,
         config.ib_devices(rank),
         config.handover.copy_threads,
+        config.handover.disaggregation_queue_size,
         mooncake_host=mooncake.host,
         mooncake_protocol=mooncake.protocol,
         nixl_backend=config.handover.disaggregation_nixl_backend,

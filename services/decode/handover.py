@@ -3,6 +3,9 @@
 Pages go free → reserved (granted to a room) → in use (all bytes are here). When a room ends while its writer
 may still write, they go to quarantine and come back when bootstrap says that the writer is quiet; or, when it
 says that the writer is lost, as soon as the transfer endpoint here has seen the last of it.
+
+With a prefix cache, only the pages are granted that it lacks, and the reservation says from which token on they are
+wanted; what it has is locked from then on.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from common.errors.base import MeshError, Reason
 from common.kvcache.audit import Claim
 from common.kvcache.extents import to_extents
 from common.kvcache.ledger import PageState
+from common.kvcache.radix import Prefix
 from common.mesh.credit import Credit
 from common.mesh.ticket import Ticket
 from common.obs.log import get_logger
@@ -49,11 +53,13 @@ EARLY_ROOMS = 4096
 
 @dataclass(slots=True)
 class Incoming:
-    """A room on its way in. It has no pages while it waits for them."""
+    """A room on its way in. It has no pages while it waits for them; those that are cached come before them."""
 
     ticket: Ticket
     start: StartSequence
     pages: list[int] = field(default_factory=list)
+    prefix: Prefix | None = None  # what the cache has of it, locked
+    granted: bool = False  # though perhaps no page, when the cache has all of them
     ended: bool = False
     arrived: HandoverNotice | None = None  # all bytes are said to be here, and are verified
     digests: Future[bytes] | None = None
@@ -65,8 +71,14 @@ class Incoming:
         return len(self.start.prompt_ids) + len(self.start.output_ids)
 
     def cost(self, credit: Credit) -> int:
-        """Pages that it takes of `credit`."""
-        return credit.cost(self.tokens, self.start.sampling.max_new_tokens - len(self.start.output_ids))
+        """Pages that it takes of `credit`. The engine counts those that are locked."""
+        cost = credit.cost(self.tokens, self.start.sampling.max_new_tokens - len(self.start.output_ids))
+        return cost - len(self.shared)
+
+    @property
+    def shared(self) -> list[int]:
+        """The cached pages that come before its own."""
+        return self.prefix.pages if self.prefix else []
 
 
 class DecodeHandover:
@@ -190,22 +202,36 @@ class DecodeHandover:
             return
         credit = self._engine.credit()
         for room in self._rooms.values():
-            if room.pages and not room.ended:
+            if room.granted and not room.ended:
                 credit = credit.less(room.cost(credit), 1)
         while self._waiting:
             room = self._waiting[0]
-            needed = self._engine.runner.layout.pages_for(room.tokens)
-            if not credit.fits(room.cost(credit)) or needed > self._engine.grantable_pages():
+            cost = room.cost(credit)
+            if not credit.fits(cost) or not self._reserve(room):
                 return
             self._waiting.popleft()
-            credit = credit.less(room.cost(credit), 1)
-            room.pages = self._engine.allocator.allocate(needed, PageState.RESERVED)
+            credit = credit.less(cost, 1)
             rank = RankReservation(0, self._backend.name, self._descriptor, to_extents(room.pages))
-            self._emit(RoomReserved(room.ticket, (rank,)))
+            from_token = len(room.shared) * self._engine.runner.layout.page_size
+            self._emit(RoomReserved(room.ticket, (rank,), from_token))
+
+    def _reserve(self, room: Incoming) -> bool:
+        """Lock what is cached of a room and take pages for the rest; False, and nothing happens, if they lack."""
+        pages = self._engine.pages
+        prefix = pages.find(sequence_of(room.start), compute_last=False)
+        pages.lock(prefix.node if prefix else None)
+        needed = self._engine.runner.layout.pages_for(room.tokens) - (len(prefix.pages) if prefix else 0)
+        if needed > self._engine.grantable_pages():
+            pages.unlock(prefix.node if prefix else None)
+            return False
+        room.granted, room.prefix = True, prefix
+        after = room.shared[-1] if room.shared else None
+        room.pages = self._engine.allocator.allocate(needed, PageState.RESERVED, after=after)
+        return True
 
     def _arrived(self, arrived: HandoverNotice) -> None:
         room = self._rooms.get(arrived.ticket)
-        if room is None or room.ended or not room.pages or room.arrived:
+        if room is None or room.ended or not room.granted or room.arrived:
             self.stale_notices += 1
             log.warning("dropped a stale notice", room=str(arrived.ticket))
         elif arrived.sums and self._hasher:
@@ -233,7 +259,9 @@ class DecodeHandover:
     def _adopt(self, room: Incoming, arrived: HandoverNotice) -> None:
         start = room.start
         sequence = sequence_of(start)
-        sequence.pages = room.pages
+        sequence.pages = room.shared + room.pages
+        if room.prefix:  # its lock is the sequence's from now on
+            sequence.prefix, sequence.shared = room.prefix.node, len(room.prefix.pages)
         logprobs = [TokenLogprobs(*arrived.logprobs)] if arrived.logprobs else []
         offset = len(start.output_ids)
         first = Tokens(start.sequence_id, offset, [arrived.token_id], logprobs, cached_tokens=arrived.cached_tokens)
@@ -266,8 +294,9 @@ class DecodeHandover:
 
     def _end(self, room: Incoming) -> None:
         room.ended = True
-        if room.pages:
+        if room.granted:
             self._engine.allocator.move(room.pages, PageState.RESERVED, PageState.QUARANTINED)
+            self._engine.pages.unlock(room.prefix.node if room.prefix else None)
         else:
             self._waiting.remove(room)
             self._forget(room)

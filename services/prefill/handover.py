@@ -7,15 +7,18 @@ Nothing is computed for a room before decode has reserved its pages: rooms are c
 reservations. An idle worker may be told to begin earlier (`--optimistic-prefill`). What the prefix cache has of a
 prompt leaves with the reservation, before the prompt's turn; what decode has itself (`from_token`) is not sent.
 
+What leaves goes by the transfer backend's queues, which are bounded. While the room's queue is full its pages wait,
+and go as one with those computed meanwhile; a room that has not begun does not begin.
+
 When a room ends before success, bootstrap is told `RoomQuiet` once nothing more will be written for it: decode
 keeps the destination pages in quarantine until then.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from msgspec import structs
@@ -81,9 +84,14 @@ class Outgoing:
     begun: bool = False  # the engine has it
     ended: bool = False
 
+    @property
+    def key(self) -> int:
+        """Picks the queue: the same for all of the room's pages."""
+        return zlib.crc32(self.ticket.room_id.encode())
+
 
 class PrefillHandover:
-    """Implements `common.worker.loop.Handover`. Everything runs on the rank's loop but `disconnect`."""
+    """Implements `common.worker.loop.Handover`. Everything runs on the rank's loop."""
 
     def __init__(
         self,
@@ -107,9 +115,8 @@ class PrefillHandover:
         self._by_sequence: dict[int, Outgoing] = {}
         self._by_handle: dict[Handle, Outgoing] = {}
         self._early: OrderedDict[Ticket, Destination | RoomEnded] = OrderedDict()
-        # A broken peer's engine may take its own time-out to fall silent: that must not hold up the model.
-        self._closer = ThreadPoolExecutor(1, thread_name_prefix="disconnect")
-        self._disconnecting: list[tuple[Future[None], list[Outgoing]]] = []
+        self._draining: dict[Handle, Outgoing] = {}  # writes that failed, and may still land
+        self._stalled: dict[Ticket, Outgoing] = {}  # rooms whose queue is full, in the order of their reservations
 
     # ------------------------------------------------------------------------------------ events
 
@@ -173,14 +180,12 @@ class PrefillHandover:
             self._take_completions()
 
     def poll(self) -> None:
-        """Take in what the transfer backend and the disconnects have finished."""
+        """Take in what the transfer backend has finished."""
         self._take_completions()
-        done = [entry for entry in self._disconnecting if entry[0].done()]
-        for future, rooms in done:
-            self._disconnecting.remove((future, rooms))
-            future.result()
-            for room in rooms:
-                self._quiet(room)
+        for handle in [handle for handle in self._draining if self._backend.quiet(handle)]:
+            room = self._draining.pop(handle)
+            room.handles.discard(handle)
+            self._quiet(room)
         if self._hasher:
             for room in [room for room in self._rooms.values() if not room.handles]:
                 self._let_go(room)
@@ -207,7 +212,6 @@ class PrefillHandover:
         return bool(self._rooms)
 
     def close(self) -> None:
-        self._closer.shutdown(wait=True)
         if self._hasher:
             self._hasher.close()
         self._backend.close()
@@ -218,6 +222,8 @@ class PrefillHandover:
         for completion in self._backend.poll():
             if room := self._by_handle.pop(completion.handle, None):
                 self._completed(room, completion)
+        for stalled in list(self._stalled.values()):
+            self._go_on(stalled)
 
     def _keep(self, ticket: Ticket, early: Destination | RoomEnded) -> None:
         self._early[ticket] = early
@@ -259,9 +265,20 @@ class PrefillHandover:
         room.pages_sent = destination.first
         if self._hasher and destination.pages:
             room.sums = OutgoingSums(self._hasher, self._checksum, room.ticket, len(destination.pages))
+        self._go_on(room)
+
+    def _go_on(self, room: Outgoing) -> None:
+        """Begin, and send what there is, if its queue takes more; else `poll` comes back to it."""
+        to = room.destination
+        if to is None or room.ended:
+            return
+        if not self._backend.accepts(to.peer, room.key):
+            self._stalled[room.ticket] = room
+            return
+        self._stalled.pop(room.ticket, None)
         self._begin(room)
         if not room.pages_computed:
-            self._send_prefix(room, destination)
+            self._send_prefix(room, to)
         self._advance(room)
 
     def _begin(self, room: Outgoing) -> None:
@@ -303,10 +320,12 @@ class PrefillHandover:
         to = room.destination
         if to is None or room.ended:
             return
-        if room.pages_sent < room.pages_computed and not self._send(
-            room, to, room.sequence.pages[: room.pages_computed]
-        ):
-            return
+        if room.pages_sent < room.pages_computed:
+            if not self._backend.accepts(to.peer, room.key):
+                self._stalled[room.ticket] = room
+                return
+            if not self._send(room, to, room.sequence.pages[: room.pages_computed]):
+                return
         if room.first_token and not room.handles and (room.sums is None or room.sums.done):
             self._finish(room, to.peer, room.first_token)
 
@@ -329,14 +348,14 @@ class PrefillHandover:
         target = to.pages[room.pages_sent - to.first : len(pages) - to.first]
         runs = coalesce(source, target, self._layout.page_bytes)
         try:
-            handle = self._backend.submit(to.peer, runs, self._timeout_s)
+            handle = self._backend.submit(to.peer, runs, self._timeout_s, room.key)
         except TransferError as error:
             self._fail(room, Reason.TRANSFER_FAILED, str(error))
             return False
         room.handles.add(handle)
         room.meter.submitted(handle)
         self._by_handle[handle] = room
-        room.bytes_sent += sum(run.nbytes for run in runs)
+        room.bytes_sent += len(source) * self._layout.page_bytes
         room.pages_sent = len(pages)
         if room.sums:
             room.sums.add(source)
@@ -370,12 +389,15 @@ class PrefillHandover:
         self._forget(room)
 
     def _completed(self, room: Outgoing, completion: Completion) -> None:
-        room.handles.discard(completion.handle)
         room.meter.ended(completion)
-        if completion.state is HandleState.FAILED:
-            self._broken(room, completion.error)
-        elif room.ended:
+        if completion.state is HandleState.FAILED and not self._backend.quiet(completion.handle):
+            self._draining[completion.handle] = room
+        else:
+            room.handles.discard(completion.handle)
+        if room.ended:
             self._quiet(room)
+        elif completion.state is HandleState.FAILED:
+            self._fail(room, Reason.TRANSFER_FAILED, completion.error)
         else:
             self._let_go(room)
             self._advance(room)
@@ -389,15 +411,7 @@ class PrefillHandover:
             self._stop(room)
             self._quiet(room)
 
-    def _broken(self, room: Outgoing, why: str) -> None:
-        """A write failed, perhaps of a room that has ended: quiet is only who is disconnected."""
-        assert room.destination is not None
-        if room.ended:
-            self._disconnect(room, room.destination.peer)
-        else:
-            self._fail(room, Reason.TRANSFER_FAILED, why, broken_peer=True)
-
-    def _fail(self, room: Outgoing, reason: Reason, message: str, *, broken_peer: bool = False) -> None:
+    def _fail(self, room: Outgoing, reason: Reason, message: str) -> None:
         """Give a room up from this side."""
         if room.ended:
             return
@@ -405,23 +419,15 @@ class PrefillHandover:
         self._emit(RoomFailed(room.ticket, reason, message))
         self._emit(SequenceFailed(room.sequence.sequence_id, reason, message))
         self._stop(room)
-        if broken_peer and room.destination:
-            self._disconnect(room, room.destination.peer)
-        else:
-            self._quiet(room)
+        self._quiet(room)
 
     def _stop(self, room: Outgoing) -> None:
-        """Compute no more; the pages stay ours while writes may still read them."""
+        """Compute and send no more; the pages stay ours while writes may still read them."""
         room.ended = True
+        for handle in room.handles:
+            self._backend.cancel(handle)
         if room.begun:
             self._engine.abort(room.sequence.sequence_id, quarantine=True)
-
-    def _disconnect(self, room: Outgoing, peer: PeerId) -> None:
-        # After a failure bytes may still land; only a returned `disconnect` says that the writer is quiet.
-        for handle in room.handles:
-            self._by_handle.pop(handle, None)
-        room.handles.clear()
-        self._disconnecting.append((self._closer.submit(self._backend.disconnect, peer), [room]))
 
     def _quiet(self, room: Outgoing) -> None:
         if not room.handles:
@@ -430,6 +436,7 @@ class PrefillHandover:
             self._forget(room)
 
     def _forget(self, room: Outgoing) -> None:
+        self._stalled.pop(room.ticket, None)
         self._engine.pages.unlock(room.prefix)
         if room.begun:
             self._engine.release(room.sequence.sequence_id)
