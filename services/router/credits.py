@@ -25,30 +25,26 @@ class CreditAccount:
     """
 
     def __init__(self) -> None:
-        self._published: Credit | None = None
+        # What is left; None of a worker that publishes none: such a one takes what it gets.
+        self.credit: Credit | None = None
         self._spends: set[Spend] = set()
 
     def publish(self, credit: Credit, last_start: int) -> None:
         """The worker's figure, which reflects our sequences up to number `last_start`."""
-        self._published = credit
         self._spends = {spend for spend in self._spends if spend.number is None or spend.number > last_start}
+        self.credit = credit.less(sum(spend.pages for spend in self._spends), len(self._spends))
 
     def forget(self) -> None:
         """The stream to the worker broke: it gives up what it was sent, and its figures mean nothing any more."""
-        self._published = None
         self._spends = {spend for spend in self._spends if spend.number is None}
-
-    @property
-    def credit(self) -> Credit | None:
-        """What is left; None of a worker that publishes none: such a one takes what it gets."""
-        if self._published is None:
-            return None
-        return self._published.less(sum(spend.pages for spend in self._spends), len(self._spends))
+        self.credit = None
 
     def spend(self, tokens: int, remaining: int) -> Spend:
         """Take credit for a sequence of `tokens` that may generate `remaining` more."""
-        spend = Spend(self._published.cost(tokens, remaining) if self._published else 0)
+        spend = Spend(self.credit.cost(tokens, remaining) if self.credit else 0)
         self._spends.add(spend)
+        if self.credit:
+            self.credit = self.credit.less(spend.pages, 1)
         return spend
 
     def sent(self, spend: Spend, number: int) -> None:
@@ -57,5 +53,7 @@ class CreditAccount:
 
     def give_back(self, spend: Spend) -> None:
         """The sequence is not started after all. Idempotent, and without effect on one that was sent."""
-        if spend.number is None:
+        if spend.number is None and spend in self._spends:
             self._spends.discard(spend)
+            if self.credit:
+                self.credit = self.credit.less(-spend.pages, -1)

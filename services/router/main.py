@@ -103,6 +103,7 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
                 lifespan="off",
                 server_header=False,
+                proxy_headers=False,  # nobody asks for the client's address
                 timeout_graceful_shutdown=int(GRACE_S),
                 ssl_certfile=settings.http_tls_cert,
                 ssl_keyfile=settings.http_tls_key,

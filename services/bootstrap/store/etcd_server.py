@@ -10,10 +10,10 @@ import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from common.config.temporary import make_folder
 from common.config.tls import NO_TLS, TlsConfig
 from common.errors.base import MeshError, Reason
 from common.obs.log import get_logger
@@ -83,8 +83,7 @@ class EtcdServer:
             return
         binary = find_etcd()
         if self.folder is None:
-            remove_leftovers()
-            self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
+            self.folder = make_folder(PREFIX)
         self.port = self.port or free_port()
         context = client_context(self.tls)
         self.process = self.spawn(binary, self.folder)
@@ -180,21 +179,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def remove_leftovers() -> None:
-    """Remove data folders of processes of ours that were killed before they could."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
-        pid = folder.name.removeprefix(PREFIX).split("-")[0]
-        if pid.isdigit() and not alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -57,18 +57,16 @@ class Answer(Response):
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         deltas: list[list[Delta]] = [[] for _ in range(self._request.sequences)]
-        usage = Usage(0, 0, 0)
+        headers = {"x-request-id": self._request.request_id}
         try:
             async with aclosing(self._router.generate(self._request)) as generated:
                 async for delta in generated:
                     deltas[delta.index].append(delta)
-                    usage = delta.usage or usage
+                    if delta.usage:  # the last one; the client need not wait for what is still to be tidied up
+                        response = json_response(self._shape.whole(deltas, delta.usage), headers=headers)
+                        await response(scope, receive, send)
         except MeshError as error:
-            response = error_response(error, self._request.request_id)
-        else:
-            headers = {"x-request-id": self._request.request_id}
-            response = json_response(self._shape.whole(deltas, usage), headers=headers)
-        await response(scope, receive, send)
+            await error_response(error, self._request.request_id)(scope, receive, send)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
