@@ -5,7 +5,8 @@
 Two processes, each with an engine whose pool belongs to a transfer backend, as ranks have. One computes steps on one
 thread; meanwhile pages of the one's pool go to the other's, without a pause. The floor is memory bandwidth: the same
 steps beside a third process that copies memory, as many bytes a second as the transfer moved, and does nothing else.
-Times are medians; the three kinds take turns in every round, and the rounds' best counts.
+Times are medians; the three kinds take turns in every round, and the rounds' best counts. `processor` is the step's
+own time on its core: memory bandwidth slows that too, but not threads that want the same core.
 """
 
 from __future__ import annotations
@@ -73,16 +74,17 @@ class Side:
 
     def steps(self, kind: str, seconds: float, sending: bool) -> dict[str, float]:
         """Compute for a while, and keep pages on their way meanwhile if `sending`."""
-        chunks, times = self.chunks(kind), []
+        chunks, times, own = self.chunks(kind), [], []
         self.moved, began = 0, time.monotonic()
         while time.monotonic() - began < seconds:
             if sending:
                 self.pump()
-            start = time.monotonic()
+            start, start_own = time.monotonic(), time.thread_time()
             self.runner.run(chunks)
             times.append(time.monotonic() - start)
+            own.append(time.thread_time() - start_own)
         rate = self.moved / (time.monotonic() - began)
-        return {"step_s": statistics.median(times), "bytes_per_s": rate}
+        return {"step_s": statistics.median(times), "own_s": statistics.median(own), "bytes_per_s": rate}
 
     def send(self, seconds: float) -> dict[str, float]:
         """Keep pages on their way for a while, and do nothing else."""
@@ -106,14 +108,16 @@ class Side:
                 raise SystemExit(completion.error)
             self.handles.discard(completion.handle)
             self.moved += PAGES_AT_ONCE * page_bytes
-        if len(self.handles) < self.under_way // 4:
+        if len(self.handles) <= self.under_way // 4:
             self.under_way = min(2 * self.under_way, MOST_UNDER_WAY)
         first = BATCH * CONTEXT // PAGE
         while len(self.handles) < self.under_way:
             at = first + self.turn * PAGES_AT_ONCE % (self.pages - first - PAGES_AT_ONCE)
             self.turn += 1
             pages = range(at, at + PAGES_AT_ONCE)
-            self.handles.add(self.backend.submit(self.peer, coalesce(pages, pages, page_bytes), 30.0))
+            if not self.backend.accepts(self.peer, self.turn):
+                break
+            self.handles.add(self.backend.submit(self.peer, coalesce(pages, pages, page_bytes), 30.0, self.turn))
 
     def fill(self) -> None:
         """Send the whole pool once, so that the kernel has given memory to all of it on both sides."""
@@ -213,7 +217,8 @@ def measure(backend: str, kind: str, arguments: argparse.Namespace) -> list[dict
                 copying = copier("copy", beside["bytes_per_s"], seconds)
                 floor = steps("steps", kind, seconds, False)()
                 copying()
-                times = {"alone": alone["step_s"], "beside": beside["step_s"], "floor": floor["step_s"]}
+                kinds = {"alone": alone, "beside": beside, "floor": floor}
+                times = {f"{name} {what}": row[what] for name, row in kinds.items() for what in ("step_s", "own_s")}
                 if best:
                     best = {name: min(best[name], value) for name, value in times.items()} | {"rate": best["rate"]}
                     best["rate"] = max(best["rate"], beside["bytes_per_s"])
@@ -240,10 +245,14 @@ def main() -> None:
         from common.worker.config import HandoverConfig
 
         arguments.copy_threads = HandoverConfig().copy_threads
-    print(f"load {os.getloadavg()[0]:.2f}, {os.cpu_count()} cores, {arguments.copy_threads} threads of the local backend")
+    print(
+        f"load {os.getloadavg()[0]:.2f}, {os.cpu_count()} cores, {arguments.copy_threads} threads of the local backend"
+    )
     print(f"decode: {BATCH} sequences of {CONTEXT} tokens; prefill: {CHUNK} tokens after {CONTEXT - CHUNK}\n")
-    print("| step | backend | side | transfer | alone | beside it | floor: beside a copy | slowed by | floor |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| step | backend | side | transfer | alone | beside it | beside a copy | slowed by | floor | processor | floor |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for kind in arguments.kinds:
         for backend in arguments.backends:
             for side, row in zip(("writer", "target"), measure(backend, kind, arguments), strict=True):
@@ -251,9 +260,13 @@ def main() -> None:
 
 
 def show(name: str, row: dict[str, float]) -> None:
-    times = " | ".join(f"{row[key] * 1e3:.1f} ms" for key in ("alone", "beside", "floor"))
-    slowed, floor = row["beside"] / row["alone"], row["floor"] / row["alone"]
-    print(f"| {name} | {row['rate'] / 1e9:.1f} GB/s | {times} | {slowed:.2f} x | {floor:.2f} x |", flush=True)
+    times = " | ".join(f"{row[f'{key} step_s'] * 1e3:.1f} ms" for key in ("alone", "beside", "floor"))
+    slowed = " | ".join(
+        f"{row[f'{key} {what}'] / row[f'alone {what}']:.2f} x"
+        for what in ("step_s", "own_s")
+        for key in ("beside", "floor")
+    )
+    print(f"| {name} | {row['rate'] / 1e9:.1f} GB/s | {times} | {slowed} |", flush=True)
 
 
 if __name__ == "__main__":

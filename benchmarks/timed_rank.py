@@ -59,7 +59,7 @@ def time_transfers(backend: TransferBackend, times: Times) -> TransferBackend:
     def timed_submit(peer: Any, runs: Sequence[Run], *arguments: Any, **options: Any) -> Any:
         began = time.monotonic()
         handle = submit(peer, runs, *arguments, **options)
-        nbytes = sum(run.nbytes for run in runs)
+        nbytes = int(sum(length for _, _, length in runs))
         times.note(kind="submit", handle=handle, began=began, ended=time.monotonic(), nbytes=nbytes)
         return handle
 
