@@ -7,15 +7,14 @@ what a network may do.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,13 +31,12 @@ from common.transfer.base import (
     Handle,
     HandleState,
     PeerId,
-    Run,
     TransferBackend,
     TransferConfig,
     TransferError,
 )
 from common.transfer.checksum import Hasher
-from common.transfer.endpoint import Descriptor
+from common.transfer.peers import Descriptor
 from common.transfer.registry import create
 from common.worker.build import ready_message
 from common.worker.loop import Emit, Handover, RankTurns
@@ -83,17 +81,16 @@ class Setting(msgspec.Struct, frozen=True):
 
 
 class Unreliable:
-    """A transfer backend over one that works. `calm` ends all faults and lets go what is held back."""
+    """A transfer backend over one that works; for one thread. `calm` ends all faults and lets go what is held back."""
 
     def __init__(self, real: TransferBackend, rates: Rates, seed: int) -> None:
         self._real = real
         self._rates = rates
         self._draw = random.Random(seed)
-        self._lock = threading.Lock()
-        self._made_up = 0
+        self._made_up = 0  # handles of writes that are said to have failed; they are below 0
         self._failed: list[Completion] = []
-        self._late: list[tuple[PeerId, Sequence[Run]]] = []
-        self._ghosts: set[Handle] = set()
+        self._late: dict[Handle, Callable[[], Handle]] = {}  # by a made-up handle: how its write is submitted
+        self._landing: dict[Handle, Handle] = {}  # by a made-up handle: the real one
         self._slow: list[tuple[int, Completion]] = []
         self._held: list[tuple[int, bytes]] = []
         self._polls = 0
@@ -110,43 +107,34 @@ class Unreliable:
         self.did[what] += 1
         return True
 
-    def submit(self, peer: PeerId, runs: Sequence[Run], timeout_s: float, *more: Any, **options: Any) -> Handle:
+    def submit(self, peer: PeerId, runs: Any, timeout_s: float, key: int = 0) -> Handle:
         if self._happens("refuse"):
             raise TransferError("refused by the test")
         if not self._happens("fail"):
-            return self._real.submit(peer, runs, timeout_s, *more, **options)
-        with self._lock:
-            self._made_up -= 1
-            handle = Handle(self._made_up)
-            self._failed.append(Completion(handle, HandleState.FAILED, "failed by the test"))
-            self._late.append((peer, runs))
+            return self._real.submit(peer, runs, timeout_s, key)
+        self._made_up -= 1
+        handle = Handle(self._made_up)
+        self._failed.append(Completion(handle, HandleState.FAILED, "failed by the test"))
+        self._late[handle] = lambda: self._real.submit(peer, runs, timeout_s, key)
         return handle
 
-    def disconnect(self, peer: PeerId) -> None:
-        """What was said to have failed lands now: until this returns, it may."""
-        with self._lock:
-            late = [runs for owner, runs in self._late if owner == peer]
-            self._late = [entry for entry in self._late if entry[0] != peer]
-        for runs in late:
-            try:
-                handle = self._real.submit(peer, runs, TRANSFER_TIMEOUT_S)
-            except TransferError:
-                break
-            with self._lock:
-                self._ghosts.add(handle)
-            limit = time.monotonic() + 1.0
-            while handle in self._ghosts and time.monotonic() < limit and not self.calm:
-                time.sleep(0.0002)
-        self._real.disconnect(peer)
+    def quiet(self, handle: Handle) -> bool:
+        """A write that is said to have failed lands some time after, and is quiet when it has."""
+        if handle >= 0:
+            return self._real.quiet(handle)
+        if handle in self._late and (self.calm or self._draw.random() < 0.1):
+            with contextlib.suppress(TransferError):  # the peer is gone: nothing will land
+                self._landing[handle] = self._late[handle]()
+            del self._late[handle]
+        return handle not in self._late and handle not in self._landing
 
     def poll(self) -> list[Completion]:
         self._polls += 1
         ended = self._real.poll()
-        with self._lock:
-            done = {completion.handle for completion in ended}
-            ended = [completion for completion in ended if completion.handle not in self._ghosts] + self._failed
-            self._ghosts -= done
-            self._failed = []
+        landed = set(self._landing.values()) & {completion.handle for completion in ended}
+        ended = [completion for completion in ended if completion.handle not in landed] + self._failed
+        self._failed = []
+        self._landing = {made_up: real for made_up, real in self._landing.items() if not self._real.quiet(real)}
         told = []
         for completion in ended:
             if self._happens("slow"):
@@ -307,6 +295,10 @@ class Here(Party):
     def give(self, message: Any) -> None:
         self.turns.apply(message)
 
+    @property
+    def at_rest(self) -> bool:
+        return super().at_rest and not self.turns.handover.pending
+
     def turn(self) -> list[Any]:
         return self.take_note(self.turns.turn())
 
@@ -355,6 +347,7 @@ class Child(Party):
         said = []
         while self.socket.poll(0):
             said += self._receive()
+        assert self.process.poll() is None, f"the {self.role} process ended with {self.process.returncode}: {said}"
         return said
 
     def _receive(self) -> list[Any]:

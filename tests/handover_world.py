@@ -126,6 +126,7 @@ class World:
         self.sequences = self.attempts = 0
         self.did: Counter[str] = Counter()
         self.wrong: list[str] = []
+        self.prefixes = [[self.draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in (40, 64, 100, 150)]
         self.entries: dict[Ticket, Entry] = {}
         self.open: dict[Ticket, Entry] = {}  # not at rest
         self.by_sequence: dict[tuple[int, int], Entry] = {}
@@ -229,6 +230,9 @@ class World:
     def request(self, number: int) -> None:
         tokens = self.draw.randrange(1, MOST_PAGES * PAGE_SIZE)
         prompt = [self.draw.randrange(VOCAB_SIZE) for _ in range(tokens)]
+        if self.draw.random() < 0.5:  # much of it may have been computed for another one
+            known = self.draw.choice(self.prefixes)[:tokens]
+            prompt[: len(known)] = known
         most = self.draw.randrange(2, 6)
         self.attempt(Request(f"r{number}", prompt, most, outputs_of(prompt, most)))
 

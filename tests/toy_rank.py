@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 from common.errors.base import MeshError, Reason
@@ -16,6 +17,8 @@ def build(start: RankStart, waker: Waker) -> Rank:
     config: dict[str, Any] = start.config_as(dict)
     if config.get("refuse"):
         raise MeshError(Reason.BAD_CHECKPOINT, "no such folder")
+    if config.get("stuck"):
+        signal.pause()
     if config.get("bug"):
         raise ZeroDivisionError("a bug")
     engine = toy_engine(num_pages=config.get("num_pages", 64))

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -94,7 +94,8 @@ class Launch:
     def __init__(self, config: UpConfig, parsed: argparse.Namespace) -> None:
         self.config = config
         self.parsed = parsed
-        self.supervisor = Supervisor()
+        self.supervisor = Supervisor(self._restarted)
+        self.on_restarted: Callable[[], None] = lambda: None
         self.roles: dict[Child, str] = {}
         self.etcd: EtcdServer | None = None
         self.tls = load(self.settings(TlsConfig))
@@ -161,10 +162,11 @@ class Launch:
             port = self.config.disaggregation_bootstrap_port if index == 0 else 0
             config = self.settings(BootstrapProcessConfig, port=port, **own)
             name = f"bootstrap-{index}" if count > 1 else "bootstrap"
-            child = await self.service(name, "bootstrap", to_flags(config), to_environment(config))
-            child.replicated = count > 1
-            children.append(child)
+            children.append(await self.service(name, "bootstrap", to_flags(config), to_environment(config)))
         addresses = await asyncio.gather(*map(self.supervisor.listening, children))
+        if count > 1:
+            for child, address in zip(children, addresses, strict=True):  # the mesh knows it by this port
+                child.again = [*child.command, f"--port={str(address.grpc).rpartition(':')[2]}"]
         return ",".join(str(listening.grpc) for listening in addresses)
 
     async def service(
@@ -176,6 +178,11 @@ class Launch:
         self.roles[child] = role
         child.may_leave = role in WORKER_ROLES  # an operator may drain a worker
         return child
+
+    def _restarted(self, child: Child) -> None:
+        """A replica of bootstrap runs again, in the place of the one that ended."""
+        self.roles = {child if known.name == child.name else known: role for known, role in self.roles.items()}
+        self.on_restarted()
 
     async def stop(self) -> None:
         """Stop all that runs: the router, then the workers, then bootstrap."""

@@ -1,5 +1,7 @@
 """Runs the processes of one mesh: starts them, learns where they listen, notices an end, stops them in order.
 
+The end of one is the end of all, but for a replica, which is started again while another one runs.
+
 Every child is in a session of its own, so that Ctrl-C reaches the supervisor alone, and on a leash: it gets SIGTERM
 when the supervisor is gone, however that came about.
 """
@@ -12,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ LEASH = Path(__file__).with_name("leash.py")
 TAIL_LINES = 12
 OWN_WORDS = "pdmesh: "
 DRAIN_OUTPUT_S = 0.5
+# A replica that ends is started again after this time, which doubles each time, unless it has run for a while.
+FIRST_RESTART_S, LAST_RESTART_S = 0.5, 30.0
 
 
 class ChildEnded(Exception):
@@ -50,15 +54,27 @@ class Pipe:
 class Child:
     """One supervised process. `listening` is known once it has announced itself."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], ready: Pipe, output: Pipe) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        process: subprocess.Popen[bytes],
+        ready: Pipe,
+        output: Pipe,
+    ) -> None:
         self.name = name
+        self.command = command
+        self.env = env
         self.process = process
         self.ready = ready
         self.output = output
         self.listening: Listening | None = None
         self.ended = asyncio.Event()
         self.may_leave = False  # once it listens, it may end with exit code 0
-        self.replicated = False  # it may end anyhow, as long as another replicated child runs
+        self.again: Sequence[str] | None = None  # a replica: what starts it where it listened, while another one runs
+        self.restart_s = FIRST_RESTART_S
+        self.started_at = time.monotonic()
         self.tail = b""
         self.following = asyncio.create_task(self.follow())
 
@@ -101,9 +117,12 @@ def spawn(command: Sequence[str], env: Mapping[str, str], ready_fd: int, output_
 class Supervisor:
     """The children of this process, in the order in which they were started."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_restarted: Callable[[Child], None] = lambda child: None) -> None:
+        """`on_restarted` is told of a replica that listens again, as a new child."""
         self.children: list[Child] = []
         self.stopping = False
+        self.on_restarted = on_restarted
+        self._restarting: set[asyncio.Task[None]] = set()
         self._first_end: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
 
     async def start(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> Child:
@@ -114,7 +133,7 @@ class Supervisor:
         finally:
             os.close(ready.write_fd)
             os.close(output.write_fd)
-        child = Child(name, process, ready, output)
+        child = Child(name, command, env, process, ready, output)
         self.children.append(child)
         pidfd = os.pidfd_open(process.pid)
         asyncio.get_running_loop().add_reader(pidfd, self._on_end, child, pidfd)
@@ -129,11 +148,27 @@ class Supervisor:
         if child.may_leave and child.listening and not child.process.returncode:
             if not self.stopping:
                 print(f"pdmesh: {child.name} (pid {child.pid}) has left", file=sys.stderr, flush=True)
-        elif child.replicated and any(other.replicated and not other.ended.is_set() for other in self.children):
+        elif child.again and any(other.again and not other.ended.is_set() for other in self.children):
             if not self.stopping:
                 print(f"pdmesh: {child.name} (pid {child.pid}) has ended; others go on", file=sys.stderr, flush=True)
+                task = asyncio.create_task(self._restart(child), name=f"restart of {child.name}")
+                self._restarting.add(task)
+                task.add_done_callback(self._restarting.discard)
         elif not self.stopping and not self._first_end.done():
             self._first_end.set_result(child)
+
+    async def _restart(self, before: Child) -> None:
+        """Try once to start a replica anew; should it end before it listens, its end makes for the next try."""
+        assert before.again is not None
+        ran_s = time.monotonic() - before.started_at
+        wait_s = before.restart_s if ran_s < LAST_RESTART_S else FIRST_RESTART_S
+        await asyncio.sleep(wait_s)
+        after = await self.start(before.name, before.again, before.env)
+        after.again, after.restart_s = before.again, min(2 * wait_s, LAST_RESTART_S)
+        if line := await after.ready.reader.readline():
+            after.listening = parse(line)
+            print(f"pdmesh: {after.name} (pid {after.pid}) listens again", file=sys.stderr, flush=True)
+            self.on_restarted(after)
 
     async def listening(self, child: Child) -> Listening:
         """Where the child listens, once it says so. Waits for ever if it ends before: see `failure`."""
@@ -155,6 +190,8 @@ class Supervisor:
     async def stop(self, stages: Sequence[tuple[Sequence[Child], float]]) -> None:
         """SIGTERM to one stage after the other. A stage has until so many seconds from now; then it is killed."""
         self.stopping = True
+        for task in self._restarting:
+            task.cancel()
         started = time.monotonic()
         try:
             for children, until_s in stages:

@@ -66,7 +66,9 @@ async def serve(config: UpConfig, parsed: argparse.Namespace, stop: asyncio.Even
 def tell(launch: Launch, model: str, status_file: str | None) -> None:
     """Write the status file and print where the mesh is reached."""
     if status_file:
-        write_atomically(Path(status_file), json.dumps(launch.status(), indent=2) + "\n")
+        path = Path(status_file)
+        launch.on_restarted = lambda: write_status(launch, path)
+        write_status(launch, path)
     router = launch.listening("router")
     bootstraps = [child.listening.grpc for child in launch.of("bootstrap") if child.listening]
     url = f"{'https' if launch.settings(RouterConfig).http_tls_cert else 'http'}://{reachable(router.http or '')}"
@@ -80,6 +82,10 @@ def tell(launch: Launch, model: str, status_file: str | None) -> None:
         f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d {body}\n",
         flush=True,
     )
+
+
+def write_status(launch: Launch, path: Path) -> None:
+    write_atomically(path, json.dumps(launch.status(), indent=2) + "\n")
 
 
 def reachable(address: str) -> str:

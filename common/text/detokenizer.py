@@ -36,6 +36,8 @@ class Detokenizer:
         new = [i for i in token_ids if i not in self._tokenizer.special_ids]
         if not new:
             return ""
+        if len(self._window) > (2 if self._tokens_held else 1) * WINDOW_TOKENS:
+            self._trim()
         self._window += new
         self._text = self._tokenizer.decode(self._window)
         held = len(self._text) - len(self._text.rstrip(REPLACEMENT))
@@ -44,8 +46,6 @@ class Detokenizer:
             held = min(held, 1)  # a token has at least one byte: only the last character can still become whole
         end = max(self._sent, len(self._text) - held)
         text, self._sent = self._text[self._sent : end], end
-        if len(self._window) > (2 if held else 1) * WINDOW_TOKENS:
-            self._trim()
         return text
 
     def flush(self) -> str:

@@ -6,6 +6,7 @@ PDMESH_SOAK=1 runs all at full size.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import Awaitable, Callable
@@ -41,7 +42,11 @@ def start_replicas(mesh: Cluster, store: str, count: int) -> str:
 
 def shards_of(mesh: Cluster, name: str) -> int:
     """How many shards the replica says that it owns."""
-    metrics = scrape(str(mesh.services[name].listening.metrics))
+    return shards_at(str(mesh.services[name].listening.metrics))
+
+
+def shards_at(metrics_address: str) -> int:
+    metrics = scrape(metrics_address)
     [line] = [line for line in metrics.splitlines() if line.startswith("pdmesh_shards_owned ")]
     return int(float(line.split()[1]))
 
@@ -233,3 +238,12 @@ def test_up_starts_several_replicas_and_outlives_one() -> None:
         wait_until(lambda: "others go on" in mesh.log.read_text(), 20, "its end is noticed")
         assert "579" in asyncio.run(ask())
         assert scrape(second["metrics"])
+
+        wait_until(lambda: "listens again" in mesh.log.read_text(), 60, "it was started again")
+        status = mesh.log.with_name("status.json")
+        wait_until(lambda: f'"pid": {first["pid"]},' not in status.read_text(), 20, "the status file tells of it")
+        (again,) = [process for process in json.loads(status.read_text()) if process["name"] == first["name"]]
+        assert again["grpc"] == first["grpc"], "where the others know it"
+        wait_until(lambda: shards_at(again["metrics"]) == SHARDS // 2, 60, "it has its share again")
+        os.kill(second["pid"], signal.SIGKILL)
+        assert "579" in asyncio.run(ask())

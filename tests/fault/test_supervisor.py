@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from common.cli import supervisor as supervision
 from common.cli.supervisor import LEASH, Child, Supervisor
 from tests.mesh.harness import wait_until
 
@@ -107,6 +108,60 @@ async def test_output_is_passed_on(supervisor: Supervisor, capfd: pytest.Capture
     await supervisor.failure()
     assert "x" * 100_000 + "\ndone\n" in capfd.readouterr().err
     assert child.last_words().endswith("done")
+
+
+async def replicas(supervisor: Supervisor, again: str, count: int = 2) -> list[Child]:
+    """Children that listen, and what starts each anew."""
+    children = [await start(supervisor, f"replica-{index}", GOOD) for index in range(count)]
+    await asyncio.gather(*map(supervisor.listening, children))
+    for child in children:
+        child.again = [sys.executable, "-c", again]
+    return children
+
+
+async def test_a_replica_that_is_killed_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "FIRST_RESTART_S", 0.01)
+    restarted: asyncio.Queue[Child] = asyncio.Queue()
+    supervisor = Supervisor(restarted.put_nowait)
+    try:
+        first, second = await replicas(supervisor, GOOD)
+        for victim in (first, second):
+            victim.process.send_signal(signal.SIGKILL)
+            after = await asyncio.wait_for(restarted.get(), 20)
+            assert (after.name, after.ended.is_set()) == (victim.name, False)
+            assert after.listening is not None
+            assert after.listening.pid == after.pid != victim.pid
+    finally:
+        await supervisor.stop([(supervisor.children, 20)])
+    assert [child.process.returncode for child in supervisor.children] == [-signal.SIGKILL, -signal.SIGKILL, 0, 0]
+
+
+async def test_a_replica_that_does_not_come_up_is_tried_again(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(supervision, "FIRST_RESTART_S", 0.01)
+    tries = tmp_path / "tries"
+    twice_broken = f"""
+from pathlib import Path
+tries = Path({str(tries)!r})
+tries.open("a").write("x")
+assert tries.stat().st_size == 3
+"""
+    first, _ = await replicas(supervisor, twice_broken + GOOD)
+    first.process.send_signal(signal.SIGKILL)
+    await asyncio.to_thread(wait_until, lambda: tries.exists() and tries.read_text() == "xxx", 30, "the third works")
+    waits = [child.restart_s for child in supervisor.children if child.name == first.name]
+    assert waits == sorted(waits)
+
+
+async def test_the_end_of_all_replicas_is_the_end(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "FIRST_RESTART_S", 60.0)
+    first, second = await replicas(supervisor, GOOD)
+    first.restart_s = 60.0
+    first.process.send_signal(signal.SIGKILL)
+    await first.ended.wait()
+    second.process.send_signal(signal.SIGKILL)
+    assert "replica-1" in str(await supervisor.failure())
 
 
 def test_children_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:

@@ -161,7 +161,8 @@ async def test_a_client_that_leaves_is_told_to_both_legs_and_the_room(pair: Scri
     body = {"prompt": "hi", "stream": True}
     async with httpx.AsyncClient(base_url=pair.http) as http:
         async with http.stream("POST", "/v1/completions", json=body) as response:
-            await anext(response.aiter_lines())
+            lines = response.aiter_lines()  # kept: it closes the response when it goes
+            await anext(lines)
             await succeeded(pair)
         await until(lambda: len(pair.workers["decode"].aborts) == 1)
     pair.handover.arrived.clear()

@@ -33,16 +33,6 @@ def test_a_script_on_the_path_is_passed_over(tmp_path: Path) -> None:
     assert etcd_server.find_etcd({"PATH": f"{script.parent}{os.pathsep}{binary.parent}"}) == binary
 
 
-def test_folders_of_the_dead_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(etcd_server.tempfile, "gettempdir", lambda: str(tmp_path))
-    dead, ours = tmp_path / "pdmesh-etcd-4194305-x", tmp_path / f"pdmesh-etcd-{os.getpid()}-x"
-    for folder in (dead, ours):
-        folder.mkdir()
-    etcd_server.remove_leftovers()
-    assert not dead.exists()
-    assert ours.exists()
-
-
 def test_the_end_of_a_prefix() -> None:
     assert prefix_end(b"/a/") == b"/a0"
     assert prefix_end(b"a\xff") == b"b"

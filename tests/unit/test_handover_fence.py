@@ -6,7 +6,6 @@ The transfer backend here does what it is told: writes end when the test says so
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -52,7 +51,8 @@ class Scripted:
         self.completions: list[Completion] = []
         self.gone: set[bytes] = set()
         self.unreachable = False
-        self.may_disconnect = threading.Event()
+        self.noisy: set[Handle] = set()
+        self.full = False
         self._handles = itertools.count(1)
 
     def export(self) -> bytes:
@@ -64,8 +64,14 @@ class Scripted:
             raise TransferError("not welcome")
         return PeerId(1)
 
-    def disconnect(self, peer: PeerId) -> None:
-        self.may_disconnect.wait()
+    def accepts(self, peer: PeerId, key: int = 0) -> bool:
+        return not self.full
+
+    def cancel(self, handle: Handle) -> None:
+        self.calls.append(("cancel", handle))
+
+    def quiet(self, handle: Handle) -> bool:
+        return handle not in self.noisy
 
     def live(self, epoch: int) -> None:
         self.calls.append(("live", epoch))
@@ -74,7 +80,7 @@ class Scripted:
         self.calls.append(("fence", descriptor, epoch))
         return descriptor in self.gone
 
-    def submit(self, peer: PeerId, runs: Sequence[Run], timeout_s: float) -> Handle:
+    def submit(self, peer: PeerId, runs: Sequence[Run], timeout_s: float, key: int = 0) -> Handle:
         handle = Handle(next(self._handles))
         self.calls.append(("submit", handle))
         return handle
@@ -96,7 +102,7 @@ class Scripted:
         self.calls.append(("register", address))
 
     def close(self) -> None:
-        self.may_disconnect.set()
+        self.noisy.clear()
 
 
 class Side:
@@ -143,21 +149,24 @@ def write(side: Side) -> Handle:
 
 
 @pytest.mark.parametrize("ends_first", [True, False])
-def test_a_write_that_failed_is_quiet_only_when_its_peer_is_disconnected(prefill: Side, ends_first: bool) -> None:
+def test_a_write_that_failed_is_quiet_only_when_the_backend_says_so(prefill: Side, ends_first: bool) -> None:
     """Its bytes may still land; also those of a room that had ended before."""
     handle = write(prefill)
     if ends_first:
         prefill.handover.on_message(ENDED)
         assert not prefill.has_said(RoomQuiet), "a write is under way"
+        assert ("cancel", handle) in prefill.backend.calls
+    prefill.backend.noisy.add(handle)
     prefill.backend.completions.append(Completion(handle, HandleState.FAILED, "too late"))
     for _ in range(3):
         prefill.handover.poll()
     assert not prefill.has_said(RoomQuiet)
-    assert prefill.count(PageState.QUARANTINED) == 2, "its own pages may still be read"
-    prefill.backend.may_disconnect.set()
-    while not prefill.has_said(RoomQuiet):
-        prefill.handover.poll()
-    assert prefill.count(PageState.FREE) == 16
+    assert prefill.count(PageState.QUARANTINED) == 1, "its own page may still be read"
+    assert prefill.engine.pages.num_shared == 1, "and so may the one that it has cached"
+    prefill.backend.noisy.clear()
+    prefill.handover.poll()
+    assert prefill.has_said(RoomQuiet)
+    assert prefill.count(PageState.FREE) + prefill.count(PageState.CACHED) == 16
     assert prefill.has_said(RoomFailed) is not ends_first
     assert sum(isinstance(message, SequenceFailed) for message in prefill.said) == 1
 
@@ -173,6 +182,40 @@ def test_a_write_that_ends_well_after_its_room_is_quiet(prefill: Side) -> None:
     assert quiet.transfer, "what had been written is told"
     assert (quiet.transfer.nbytes, quiet.transfer.descriptors) == (64, 1)
     assert not any(call[0] == "notify" for call in prefill.backend.calls)
+
+
+def test_pages_wait_while_their_queue_is_full_and_no_room_begins(prefill: Side) -> None:
+    prefill.backend.full = True
+    prefill.handover.start(START)
+    prefill.handover.on_message(RESERVED)
+    assert not prefill.engine.has_work, "it would compute what cannot leave"
+    prefill.backend.full = False
+    prefill.handover.poll()
+    assert prefill.engine.has_work
+    prefill.backend.full = True
+    prefill.handover.on_step(prefill.engine.step())
+    prefill.handover.poll()
+    assert not any(call[0] == "submit" for call in prefill.backend.calls)
+    prefill.backend.full = False
+    prefill.handover.poll()
+    [(_, handle)] = [call for call in prefill.backend.calls if call[0] == "submit"]
+    prefill.backend.completions.append(Completion(handle, HandleState.DONE))
+    prefill.handover.poll()
+    assert ("notify", 1) in prefill.backend.calls
+    assert prefill.count(PageState.FREE) + prefill.count(PageState.CACHED) == 16
+
+
+def test_a_room_that_ends_while_its_pages_wait_is_quiet_at_once(prefill: Side) -> None:
+    prefill.handover.start(START)
+    prefill.handover.on_message(RESERVED)
+    prefill.backend.full = True
+    prefill.handover.on_step(prefill.engine.step())
+    prefill.handover.on_message(ENDED)
+    assert prefill.has_said(RoomQuiet)
+    prefill.backend.full = False
+    prefill.handover.poll()
+    assert not any(call[0] == "submit" for call in prefill.backend.calls)
+    assert prefill.count(PageState.FREE) + prefill.count(PageState.CACHED) == 16
 
 
 def test_a_reservation_is_connected_in_the_life_in_which_it_came(prefill: Side) -> None:
