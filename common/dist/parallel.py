@@ -2,42 +2,63 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
 
 from common.config.flags import bad
 from common.dist.dispatch.base import ExpertDispatch
+from common.dist.gather import TokenGather
 from common.dist.group import ALONE, Group
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Ranks that compute a layer together, each a part.
+
+    Attributes:
+        group: The ranks.
+        gather: Brings their tokens together; None where they have the same ones.
+    """
+
+    group: Group = ALONE
+    gather: TokenGather | None = None
+
+    def whole(self, part: Product) -> Product:
+        """From a rank's part to the layer: this rank's tokens in, the sum of all parts out."""
+        summed = part if self.group is ALONE else lambda x: self.group.all_reduce(part(x))
+        return summed if self.gather is None else self.gather.around(summed)
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """Which ranks share what. Within a group the tokens are the same on every rank, but for `dispatch`.
+    """Which ranks share what.
 
     Attributes:
-        attention: Shares the heads out.
-        dense: Shares the feed-forward blocks that every token goes through out.
-        experts: Shares the routed experts out.
+        attention: Shares the heads; these ranks have the same tokens.
+        dense: Shares the feed-forward blocks that every token goes through.
+        experts: Shares the routed experts.
         own_experts: Each rank of `experts` has some experts whole, rather than a part of each.
-        dispatch: Brings tokens to the owners of their experts, where ranks of `experts` have tokens of their own.
-        vocabulary: Shares the embedding and the head out.
+        dispatch: Brings tokens to the owners of their experts, instead of `experts.gather`.
+        embedding: Shares the embedding; these ranks have the same tokens.
+        head: Shares the head.
     """
 
-    attention: Group = ALONE
-    dense: Group = ALONE
-    experts: Group = ALONE
+    attention: Sharing = field(default_factory=Sharing)
+    dense: Sharing = field(default_factory=Sharing)
+    experts: Sharing = field(default_factory=Sharing)
     own_experts: bool = False
     dispatch: ExpertDispatch | None = None
-    vocabulary: Group = ALONE
+    embedding: Sharing = field(default_factory=Sharing)
+    head: Sharing = field(default_factory=Sharing)
 
-    @classmethod
-    def tensor(cls, group: Group, own_experts: bool = False) -> Parallel:
-        """Tensor parallelism: one group shares everything."""
-        return cls(group, group, group, own_experts, vocabulary=group)
-
-    @classmethod
-    def data(cls, group: Group, dispatch: ExpertDispatch) -> Parallel:
-        """Data-parallel attention, dense blocks and head, expert parallelism: only tokens for experts travel."""
-        return cls(experts=group, own_experts=True, dispatch=dispatch)
+    @property
+    def gathers(self) -> bool:
+        """Whether some layer gathers the tokens of ranks that have different ones."""
+        return self.dense.gather is not None or self.experts.gather is not None
 
 
 NOT_PARALLEL = Parallel()

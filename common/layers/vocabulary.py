@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from common.dist.group import Group
+from common.dist.parallel import Sharing
 from common.ops.linear import Product
 
 
@@ -31,14 +32,19 @@ class Embedding:
 
 
 class Head:
-    """Logits of this rank's tokens, put together by `group`; ranks but the last have equally many."""
+    """Logits of this rank's part of the vocabulary, put together by its group; the last parts may be smaller."""
 
-    def __init__(self, product: Product, vocab_size: int, group: Group) -> None:
+    def __init__(self, product: Product, vocab_size: int, sharing: Sharing) -> None:
         self.product = product
         self.vocab_size = vocab_size
-        self.group = group
+        self.group = sharing.group
+        self.whole = sharing.gather.around(self.join) if sharing.gather else self.join
 
     def __call__(self, x_TE: torch.Tensor) -> torch.Tensor:
+        return self.whole(x_TE)
+
+    def join(self, x_TE: torch.Tensor) -> torch.Tensor:
+        """Logits of tokens that all ranks have."""
         logits_TV = self.product(x_TE)
         if self.group.size == 1:
             return logits_TV

@@ -77,6 +77,8 @@ class Decoder:
             raise bad_checkpoint(f"{checkpoint.folder / 'config.json'}: {error}") from None
         self.layers = [load_layer(weights, layer) for layer in range(config.num_hidden_layers)]
         self.norm = weights.norm("model.norm", hidden)
+        # Where ranks gather each other's tokens within a layer, they know how many there are, not how many are wanted.
+        self.selects_late = parallel.gathers
 
     def __call__(
         self,
@@ -90,5 +92,7 @@ class Decoder:
         cos_T1D, sin_T1D = self.rotary.tables(positions_T, x_TE.dtype)
         for layer in self.layers[:-1]:
             x_TE = layer(x_TE, cos_T1D, sin_T1D, plan, None)
-        x_SE = self.layers[-1](x_TE, cos_T1D, sin_T1D, plan, wanted_S)
+        x_SE = self.layers[-1](x_TE, cos_T1D, sin_T1D, plan, None if self.selects_late else wanted_S)
+        if self.selects_late and wanted_S is not None:
+            x_SE = x_SE.index_select(0, wanted_S)
         return self.head(self.norm(x_SE))

@@ -82,7 +82,7 @@ def load_attention(config: ModelConfig, weights: Weights, layer: int) -> LatentA
     """This rank's heads; the latent, which all heads share, is made on every rank."""
     prefix, hidden, rope = f"model.layers.{layer}.self_attn", config.hidden_size, config.qk_rope_head_dim
     heads, latent = config.num_attention_heads, config.kv_lora_rank or 0
-    mine = share("attention heads", heads, weights.parallel.attention)
+    mine = share("attention heads", heads, weights.parallel.attention.group)
     both = config.qk_nope_head_dim + value_dim(config)
     expand_OC = weights.checkpoint.projection(f"{prefix}.kv_b_proj.weight", heads * both, latent)
     down = Rotated(f"{prefix}.kv_a_proj_with_mqa", 1, latent + rope, slice(0, 1))

@@ -15,7 +15,7 @@ from common.layers.attention import Attention
 from common.models.checkpoint import Checkpoint
 from common.models.config import ModelConfig
 from common.models.decoder import Decoder, DecoderLayer
-from common.models.weights import Weights, mlp_names, summed
+from common.models.weights import Weights, mlp_names
 from common.ops.linear import Product
 
 FeedForward = Callable[[Weights, int], Product]  # makes the block of a layer's number, for all ranks together
@@ -59,23 +59,23 @@ def load_dense(
 
 def load_gated(config: ModelConfig, weights: Weights, layer: int, bias: bool = False) -> Product:
     """The feed-forward block of a dense layer."""
-    names, group = mlp_names(f"model.layers.{layer}.mlp"), weights.parallel.dense
-    return summed(weights.mlp(names, config.hidden_size, config.intermediate_size, group, bias), group)
+    names, dense = mlp_names(f"model.layers.{layer}.mlp"), weights.parallel.dense
+    return dense.whole(weights.mlp(names, config.hidden_size, config.intermediate_size, dense.group, bias))
 
 
 def load_output(weights: Weights, layer: int, hidden: int, heads: int, head_size: int, bias: bool) -> Product:
     """The projection of the heads' outputs, `head_size` elements each, back to the stream."""
-    group = weights.parallel.attention
-    mine = elements(share("attention heads", heads, group), head_size)
+    attention = weights.parallel.attention
+    mine = elements(share("attention heads", heads, attention.group), head_size)
     name = f"model.layers.{layer}.self_attn.o_proj"
-    return summed(weights.partial(name, hidden, heads * head_size, mine, bias), group)
+    return attention.whole(weights.partial(name, hidden, heads * head_size, mine, bias))
 
 
 def load_attention(config: ModelConfig, weights: Weights, layer: int, options: DenseOptions) -> Attention:
     prefix, size = f"model.layers.{layer}.self_attn", config.head_size
     heads, kv_heads = config.num_attention_heads, config.kv_heads
-    mine = share("attention heads", heads, weights.parallel.attention)
-    kv_mine = share_kv_heads(kv_heads, weights.parallel.attention)
+    group = weights.parallel.attention.group
+    mine, kv_mine = share("attention heads", heads, group), share_kv_heads(kv_heads, group)
     qkv = weights.linear(
         [f"{prefix}.{name}_proj" for name in ("q", "k", "v")],
         [heads * size, kv_heads * size, kv_heads * size],

@@ -8,11 +8,11 @@ import torch
 
 from common.dist.dispatch.replicated import ReplicatedDispatch
 from common.dist.group import ALONE
-from common.dist.parallel import share
+from common.dist.parallel import Sharing, share
 from common.layers.moe import Experts, MixtureOfExperts
 from common.layers.routing import Router, Routing
 from common.models.config import ModelConfig, bad_checkpoint
-from common.models.weights import Weights, summed
+from common.models.weights import Weights
 from common.ops.linear import Product
 
 LLAMA_NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -38,11 +38,12 @@ class MoeOptions:
     corrected: bool = False
 
 
-def load_moe(config: ModelConfig, weights: Weights, layer: int, options: MoeOptions) -> MixtureOfExperts:
+def load_moe(config: ModelConfig, weights: Weights, layer: int, options: MoeOptions) -> Product:
     """This rank's part of the mixture of one layer. Raises `MeshError`, see `Weights`."""
     prefix, hidden, experts = f"model.layers.{layer}.{options.prefix}", config.hidden_size, config.routed_experts
     checkpoint, parallel = weights.checkpoint, weights.parallel
-    owners, sharers = (parallel.experts, ALONE) if parallel.own_experts else (ALONE, parallel.experts)
+    gather, group = parallel.experts.gather, parallel.experts.group
+    owners, sharers = (group, ALONE) if parallel.own_experts else (ALONE, group)
     mine = share("experts", experts, owners)
 
     def block(expert: int) -> Product:
@@ -56,13 +57,16 @@ def load_moe(config: ModelConfig, weights: Weights, layer: int, options: MoeOpti
     shared = None
     if options.shared_size:
         gate, up, down = (f"{prefix}.shared_experts.{name}" for name in LLAMA_NAMES)
-        shared = summed(weights.mlp((gate, up, down), hidden, options.shared_size, parallel.dense), parallel.dense)
-    return MixtureOfExperts(
+        # Within a block that gathers, the tokens are there already.
+        dense = parallel.dense if gather is None else Sharing(parallel.dense.group)
+        shared = dense.whole(weights.mlp((gate, up, down), hidden, options.shared_size, dense.group))
+    mixture = MixtureOfExperts(
         Router(gate_XE, options.routing, bias_X),
         Experts(mine.start, [block(expert) for expert in range(mine.start, mine.stop)]),
-        parallel.dispatch or ReplicatedDispatch(parallel.experts),
+        parallel.dispatch or ReplicatedDispatch(group),
         shared,
     )
+    return mixture if gather is None else gather.around(mixture)
 
 
 def check_routing(config: ModelConfig, routing: Routing) -> Routing:

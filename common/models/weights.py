@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from common.dist.group import ALONE, Group
+from common.dist.group import Group
 from common.dist.parallel import NOT_PARALLEL, Parallel, share, share_padded
 from common.layers.mlp import GatedMlp
 from common.layers.norm import RmsNorm
@@ -76,20 +76,14 @@ class Weights:
 
     def vocabulary(self, vocab_size: int, hidden: int, tied: bool) -> tuple[Embedding, Head]:
         """Embedding and head. Neither is ever quantized."""
-        group = self.parallel.vocabulary
-        part = share_padded(vocab_size, group)
-        table_VE = self.checkpoint.tensor("model.embed_tokens.weight", vocab_size, hidden)[part].clone()
+        names = {True: "model.embed_tokens.weight", False: "lm_head.weight"}
+        table, head = self.parallel.embedding.group, self.parallel.head
+        part, head_part = share_padded(vocab_size, table), share_padded(vocab_size, head.group)
+        table_VE = self.checkpoint.tensor(names[True], vocab_size, hidden)[part].clone()
         head_VE = table_VE
-        if not tied:
-            head_VE = self.checkpoint.tensor("lm_head.weight", vocab_size, hidden)[part].clone()
-        return Embedding(table_VE, part.start, group), Head(make_linear(head_VE), vocab_size, group)
-
-
-def summed(product: Product, group: Group) -> Product:
-    """A product of which each rank of `group` computes a part."""
-    if group is ALONE:
-        return product
-    return lambda x_TI: group.all_reduce(product(x_TI))
+        if not tied or head_part != part:
+            head_VE = self.checkpoint.tensor(names[tied], vocab_size, hidden)[head_part].clone()
+        return Embedding(table_VE, part.start, table), Head(make_linear(head_VE), vocab_size, head)
 
 
 def mlp_names(prefix: str) -> tuple[str, str, str]:

@@ -57,7 +57,7 @@ class Received:
     x_ME: torch.Tensor
     expert_MK: torch.Tensor
     weight_MK: torch.Tensor
-    handle: Any
+    handle: Any = None
 
 
 @dataclass
@@ -72,13 +72,14 @@ class ReceivedFixed:
 
     x_LSE: torch.Tensor
     count_L: torch.Tensor
-    handle: Any
+    handle: Any = None
 
 
 class ExpertBuffer(Protocol):
     """Moves tokens between the ranks of a group, which own equally many experts each, in order.
 
-    All ranks make the same calls; one may have no tokens.
+    All ranks make the same calls; one may have no tokens. An expert of -1 is none: what has only such does not travel,
+    and becomes zero.
 
     Attributes:
         max_tokens: Most tokens of a rank in `dispatch_fixed`.

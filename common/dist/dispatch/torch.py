@@ -12,7 +12,7 @@ import torch
 from common.dist.dispatch.base import Received, ReceivedFixed
 from common.dist.group import Group
 
-MAX_TOKENS = 128  # of a rank at once in low-latency mode
+MAX_TOKENS, LIMIT_TOKENS = 128, 1024  # of a rank at once in low-latency mode: unless told otherwise, and at most
 
 
 @dataclass
@@ -37,10 +37,12 @@ class FixedWay:
     """The same in low-latency mode.
 
     Attributes:
-        at_NP: Where in the buffer `[X, C]` each token's experts found it: expert and slot, rows token by token.
+        chosen_N: Which of each token's K experts are one.
+        at_NP: Where in the buffer `[X, C]` those found it: expert and slot, rows token by token.
         filled_LRC: Which slots of the buffer that came hold a token.
     """
 
+    chosen_N: torch.Tensor
     at_NP: torch.Tensor
     filled_LRC: torch.Tensor
 
@@ -57,6 +59,8 @@ class TorchBuffer:
         """`num_experts` of the whole layer, which the ranks own in equal parts."""
         if num_experts % group.size:
             raise ValueError(f"{group.size} ranks cannot own {num_experts} experts in equal parts")
+        if not 1 <= max_tokens <= LIMIT_TOKENS:
+            raise ValueError(f"{max_tokens} tokens of a rank at once is not between 1 and {LIMIT_TOKENS}")
         self.group = group
         self.num_experts = num_experts
         self.owned = num_experts // group.size
@@ -67,8 +71,9 @@ class TorchBuffer:
     def dispatch(self, x_TE: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> Received:
         """See `base.ExpertBuffer.dispatch`."""
         group = self.group
-        goes_TR = torch.zeros((len(x_TE), group.size), dtype=torch.bool, device=x_TE.device)
-        goes_TR.scatter_(1, expert_TK // self.owned, True)
+        rank_TK = (expert_TK // self.owned).where(expert_TK >= 0, group.size)
+        goes_TR = torch.zeros((len(x_TE), group.size + 1), dtype=torch.bool, device=x_TE.device)
+        goes_TR = goes_TR.scatter_(1, rank_TK, True)[:, : group.size]
         sent_R = goes_TR.sum(0)
         one_each = [1] * group.size
         received = group.all_to_all(sent_R, one_each, one_each).tolist()
@@ -90,11 +95,12 @@ class TorchBuffer:
         if len(x_TE) > self.max_tokens:
             raise ValueError(f"{len(x_TE)} tokens, but the buffer takes {self.max_tokens} of a rank at once")
         group, most, top_k = self.group, self.max_tokens, expert_TK.shape[1]
-        expert_N = expert_TK.flatten()
+        chosen_N = expert_TK.flatten() >= 0
+        expert_N = expert_TK.flatten()[chosen_N]
         count_X = expert_N.bincount(minlength=self.num_experts)
         at_NP = torch.stack((expert_N, place_among_equals(expert_N, count_X)), 1)
         x_XCE = x_TE.new_zeros((self.num_experts, most, x_TE.shape[1]))
-        x_XCE[at_NP[:, 0], at_NP[:, 1]] = x_TE.repeat_interleave(top_k, 0)
+        x_XCE[at_NP[:, 0], at_NP[:, 1]] = x_TE.repeat_interleave(top_k, 0)[chosen_N]
         each = [self.owned] * group.size
         count_RL = group.all_to_all(count_X, each, each).view(group.size, self.owned)
         x_LRCE = group.all_to_all(x_XCE, each, each).view(group.size, self.owned, most, -1).transpose(0, 1)
@@ -104,7 +110,7 @@ class TorchBuffer:
         filled_LRC = torch.arange(most, device=x_TE.device) < count_RL.T[:, :, None]
         x_LSE = x_TE.new_zeros((self.owned, group.size * most, x_TE.shape[1]))
         x_LSE[first_slots(count_L, x_LSE.shape[1])] = x_LRCE[filled_LRC]
-        return ReceivedFixed(x_LSE, count_L, FixedWay(at_NP, filled_LRC))
+        return ReceivedFixed(x_LSE, count_L, FixedWay(chosen_N, at_NP, filled_LRC))
 
     def combine_fixed(
         self, y_LSE: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor, handle: FixedWay
@@ -117,7 +123,9 @@ class TorchBuffer:
         each = [self.owned] * group.size
         y_RLCE = y_LRCE.transpose(0, 1).reshape(self.num_experts, *y_LRCE.shape[2:])
         y_XCE = group.all_to_all(y_RLCE, each, each)
-        y_TKE = y_XCE[handle.at_NP[:, 0], handle.at_NP[:, 1]].view(*expert_TK.shape, y_LSE.shape[2])
+        y_NE = y_LSE.new_zeros((expert_TK.numel(), y_LSE.shape[2]))
+        y_NE[handle.chosen_N] = y_XCE[handle.at_NP[:, 0], handle.at_NP[:, 1]]
+        y_TKE = y_NE.view(*expert_TK.shape, y_LSE.shape[2])
         return torch.bmm(weight_TK.to(y_TKE.dtype)[:, None], y_TKE)[:, 0]
 
     def travelling(self, rows: list[int]) -> int:
