@@ -8,6 +8,7 @@ from common.config.flags import bad, flag
 
 ENGINES = ("torch", "emulated")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEFAULT_CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class EngineConfig:
     mem_fraction_static: float = flag(0.8, "Share of the device's memory for weights and KV pool.")
     max_total_tokens: int | None = flag(None, "Tokens in the KV pool (default: what memory allows).")
     max_running_requests: int = flag(64, "Sequences that run at once.")
-    chunked_prefill_size: int = flag(2048, "Most prompt tokens computed in one step.")
+    chunked_prefill_size: int | None = flag(
+        None, "Most prompt tokens computed in one step (default: 2048; 256 on CPU, where more are no faster)."
+    )
     enable_mixed_chunk: bool = flag(
         False, "Compute prompts and decode in the same step, in a unified worker; without it they take turns."
     )
@@ -60,10 +63,9 @@ class EngineConfig:
         if not 0 < self.decode_prealloc_high_water <= 1:
             value = self.decode_prealloc_high_water
             raise bad(f"--decode-prealloc-high-water: {value} is not above 0 and at most 1")
-        for name in ("max_running_requests", "chunked_prefill_size"):
-            if getattr(self, name) < 1:
-                raise bad(f"--{name.replace('_', '-')}: must be at least 1")
-        for name in ("context_length", "max_total_tokens", "cpu_threads"):
+        if self.max_running_requests < 1:
+            raise bad("--max-running-requests: must be at least 1")
+        for name in ("chunked_prefill_size", "context_length", "max_total_tokens", "cpu_threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise bad(f"--{name.replace('_', '-')}: must be at least 1")
 

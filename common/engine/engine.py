@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain, count
 
 from common.engine.base import Runner, Sampled
-from common.engine.config import EngineConfig
+from common.engine.config import DEFAULT_CHUNK_TOKENS, EngineConfig
 from common.engine.messages import Ledger, Load, SequenceFailed, TokenLogprobs, Tokens
 from common.engine.pages import SequencePages
 from common.engine.request import Sequence, Status
@@ -73,9 +73,8 @@ class Engine:
         page_size = runner.layout.page_size
         cache = None if config.disable_radix_cache else RadixCache(allocator, page_size)
         self.pages = SequencePages(allocator, cache, page_size)
-        self.limits = Limits(
-            config.max_running_requests, config.chunked_prefill_size, page_size, config.enable_mixed_chunk
-        )
+        chunk_tokens = config.chunked_prefill_size or DEFAULT_CHUNK_TOKENS
+        self.limits = Limits(config.max_running_requests, chunk_tokens, page_size, config.enable_mixed_chunk)
         self.queue = Queue()
         self._sequences: dict[int, Sequence] = {}
         self._arrivals = count()

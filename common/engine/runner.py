@@ -87,7 +87,7 @@ class ModelRunner:
         with torch.inference_mode(), Checkpoint(folder, TORCH_DTYPE[dtype], device, quantization) as checkpoint:
             model = load_model(model_config, checkpoint, context_length, parallel)
             fingerprint = checkpoint.fingerprint(model_config)
-        ranks = parallel.attention.size
+        ranks = parallel.attention.group.size
         return cls(
             model,
             model_config,
