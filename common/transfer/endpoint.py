@@ -199,7 +199,7 @@ class Endpoint(ABC):
         if up:
             assert session.way is not None
             session.way.put(transfer)
-        if quiet_before:
+        if quiet_before and not transfer.ended:
             channel.poke()  # the clock goes from now on
         return transfer.handle
 

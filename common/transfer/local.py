@@ -2,7 +2,7 @@
 
 The pool of a rank is a memfd whose size is sealed. A peer that connects over the control channel (an abstract
 AF_UNIX socket, of the same user and in the same network namespace) is handed its descriptor, maps it, and
-copies in a thread of its own, without the GIL. Nothing has a name in a file system, so nothing is left behind,
+copies, with as many workers as the sender pool has, without the GIL. Nothing has a name in a file system, so nothing is left behind,
 however a process ends.
 
 Fencing: a mapping cannot be revoked, so a writer is fenced off when its process has ended, or has closed the
@@ -13,8 +13,8 @@ The pool is host memory: no other process can map a GPU's this way, so that one 
 on GPUs take `nixl`, which on one host copies from GPU to GPU by itself, or `mooncake`.
 
 A write needs nothing of the peer's process: into a stopped one it succeeds, and into the pool of one that died
-it is harmless. Whoever gives a transfer up
-waits for the copies under way, at most 16 MiB a worker, and so does `disconnect`; after them nothing is written.
+it is harmless. The writer is quiet when the copies under way have ended, at most 16 MiB a worker; a lost peer's pool
+is then unmapped, and `disconnect` waits for that.
 """
 
 from __future__ import annotations

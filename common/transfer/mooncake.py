@@ -2,9 +2,13 @@
 
 Every endpoint has one engine that is written to, and one more for each peer that it writes to: Mooncake cannot
 cancel. A batch that it gave up (-1) goes on in its queues and lands later, but destroying the engine drops
-them. So `disconnect` waits for the call under way, at most MC_TRANSFER_TIMEOUT (10 s here) when the peer does
-not answer, and destroys that peer's engine. What the kernel of a stopped peer has already received by then, a
-few pages, still lands in the moment the peer runs again. With RDMA, each engine registers the pool anew.
+them. So the writer is made quiet by waiting for the call under way, at most MC_TRANSFER_TIMEOUT (10 s here) when the
+peer does not answer, and destroying that peer's engine: after every failed write, and when the peer is lost. The
+next write gets a new engine (0.1 s), so that a failure harms no other room. What the kernel of a stopped peer has
+already received by then, a few pages, still lands in the moment the peer runs again. With RDMA, each engine
+registers the pool anew.
+
+A sender is given 128 MiB or 4,096 pieces at once: Mooncake is slow to begin and to end a batch, and spins meanwhile.
 
 Fencing: an engine's end of one connection cannot be closed for a single peer, so a writer is fenced off when its
 process has ended. Its queue pairs end with it; over TCP, what both kernels hold of its stream still arrives, for
@@ -18,7 +22,8 @@ opened; elsewhere, keep its ports (MC_MIN_PRC_PORT to MC_MAX_PRC_PORT) inside a 
 A pool on a GPU is registered as it is; that takes Mooncake's build with CUDA.
 
 These variables have defaults of ours unless the user set them: MC_LOG_LEVEL, MC_TRANSFER_TIMEOUT,
-MC_TCP_PROGRESS_TIMEOUT_SEC (both in seconds), and MC_FORCE_TCP, which is set where there is no RDMA device.
+MC_TCP_PROGRESS_TIMEOUT_SEC (both in seconds), MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER (at least 4,096 is needed) and
+MC_FORCE_TCP, which is set where there is no RDMA device.
 Each engine says `Local segment descriptor not found` on stderr when it starts; that is how it looks for itself.
 """
 
@@ -53,10 +58,12 @@ _ENVIRONMENT = {
     "GLOG_minloglevel": "2",
     "MC_TRANSFER_TIMEOUT": "10",
     "MC_TCP_PROGRESS_TIMEOUT_SEC": "5",
+    # By default Mooncake queues 1,024 pieces a peer, and fails a longer batch in its middle.
+    "MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER": "65535",
 }
 _WITHOUT_CUDA = "mooncake-transfer-engine-non-cuda"
-_PART_PIECES = 1024  # Mooncake refuses more than 1,024 queued and 1,024 waiting pieces a peer
-_PART_BYTES = 32 << 20
+_PART_PIECES = 4096
+_PART_BYTES = 128 << 20
 _ACCEPT_POLL = struct.pack("ll", 0, 100_000)  # a timeval: 0.1 s
 _log = logging.getLogger(__name__)
 _starting = threading.Lock()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedConfig, Qwen3Config
 
 from common.dist.group import ALONE, Alone
-from common.dist.parallel import NOT_PARALLEL, Parallel, share_kv_heads, share_padded
+from common.dist.parallel import NOT_PARALLEL, Parallel, Sharing, share_kv_heads, share_padded
 from common.errors.base import MeshError, Reason
 from common.models.config import read_config
 from tests.tensor_ranks import Job, load, logits
@@ -127,9 +127,9 @@ def test_what_so_many_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
     make_model(deepseek_v3(), tmp_path, varied=False)
     job = Job("", str(tmp_path), prompt_of(3), [])
     for parallel, message in [
-        (Parallel(attention=Alone(0, 3)), "3 ranks cannot share 4 attention heads"),
-        (Parallel(dense=Alone(0, 5)), "5 ranks cannot share 112 feed-forward elements"),
-        (Parallel(experts=Alone(0, 3), own_experts=True), "3 ranks cannot share 8 experts"),
+        (Parallel(attention=Sharing(Alone(0, 3))), "3 ranks cannot share 4 attention heads"),
+        (Parallel(dense=Sharing(Alone(0, 5))), "5 ranks cannot share 112 feed-forward elements"),
+        (Parallel(experts=Sharing(Alone(0, 3)), own_experts=True), "3 ranks cannot share 8 experts"),
     ]:
         with pytest.raises(MeshError, match=message) as caught:
             load(job, parallel)

@@ -5,6 +5,8 @@ Where there is a GPU, tests/gpu moves real bytes between such pools.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +18,11 @@ import torch
 from common.engine import runner
 from common.engine.config import EngineConfig
 from common.errors.base import MeshError
-from common.transfer import mooncake, nixl, registry
+from common.transfer import cuda, mooncake, nixl, registry
 from common.transfer.base import Completion, Run, TransferBackend, TransferConfig, TransferError, no_wake
 from common.worker.config import WorkerConfig
 from common.worker.start import RankStart
-from common.worker.transfer import build_with_transfer
+from common.worker.transfer import build_with_transfer, check_for_gpu
 from common.worker.waker import Waker
 from tests.mesh.harness import wait_until
 
@@ -110,7 +112,7 @@ def nixl_endpoint(recorder: Recorder, config: TransferConfig | None = None) -> n
     return nixl.NixlEndpoint(config or TransferConfig(), no_wake, api)
 
 
-def test_nixl_registers_a_gpus_pool_as_vram_of_its_device() -> None:
+def test_nixl_registers_a_gpus_pool_as_vram_of_its_device(driver: FakeDriver) -> None:
     recorder = Recorder()
     target, writer = nixl_endpoint(recorder), nixl_endpoint(recorder)
     try:
@@ -126,6 +128,60 @@ def test_nixl_registers_a_gpus_pool_as_vram_of_its_device() -> None:
     assert verb == "WRITE"
     assert sources == ([[HOST_POOL, 512, 0], [HOST_POOL + 8192, 512, 0]], "DRAM")
     assert targets == ([[DEVICE_POOL + 4096, 512, 3], [DEVICE_POOL, 512, 3]], "VRAM")
+
+
+def test_every_thread_that_uses_a_gpus_pool_has_its_context(driver: FakeDriver) -> None:
+    target, writer = nixl_endpoint(Recorder()), nixl_endpoint(Recorder())
+    try:
+        target.register(HOST_POOL, NBYTES)
+        assert not driver.recorder.calls
+        writer.register(DEVICE_POOL, NBYTES, 3)
+        write(writer, target)
+    finally:
+        writer.close()
+        target.close()
+    assert driver.recorder.of("retain") == [(3,)]
+    contexts, threads = zip(*driver.recorder.of("current"), strict=True)
+    assert set(contexts) == {0xC3}
+    assert len(set(threads)) == len(threads) >= 3, "who registers, who polls, who writes: each once"
+
+
+class FakeDriver:
+    """What the driver's library is to `common.transfer.cuda`."""
+
+    def __init__(self) -> None:
+        self.recorder = Recorder()
+
+    def cuInit(self, flags: int) -> int:
+        return 0
+
+    def cuDeviceGet(self, device: Any, gpu: int) -> int:
+        device._obj.value = gpu
+        return 0 if gpu < 8 else 101
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: Any) -> int:
+        self.recorder.note("retain", device.value)
+        context._obj.value = 0xC0 + device.value
+        return 0
+
+    def cuCtxSetCurrent(self, context: Any) -> int:
+        self.recorder.note("current", context.value, threading.current_thread().name)
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
+    fake = FakeDriver()
+    monkeypatch.setattr(cuda, "_library", lambda: fake)
+    monkeypatch.setattr(cuda, "_thread", threading.local())
+    cuda._primary_context.cache_clear()
+    yield fake
+    cuda._primary_context.cache_clear()
+
+
+def test_a_device_that_is_not_there_is_refused(driver: FakeDriver) -> None:
+    with pytest.raises(TransferError, match=r"CUDA refused cuDeviceGet \(code 101\)"):
+        cuda.make_current(9)
 
 
 def test_nixl_is_given_the_configured_plugin_and_parameters() -> None:
@@ -240,6 +296,14 @@ def test_a_worker_on_a_gpu_refuses_such_a_backend_before_it_loads_weights(monkey
     with pytest.raises(MeshError, match=r"backend local: .* the model runs on a GPU; take nixl or mooncake"):
         build_with_transfer(RankStart("", 0, 0, b""), WorkerConfig(engine=EngineConfig(model_path="none")), waker)
     waker.close()
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_memory_that_moves_under_its_address_is_refused(name: str) -> None:
+    endpoint = nixl_endpoint(Recorder())
+    check_for_gpu(endpoint, {name: "expandable_segments:False"})
+    with pytest.raises(TransferError, match=f"{name}: expandable_segments"):
+        check_for_gpu(endpoint, {name: "max_split_size_mb:256, expandable_segments: True"})
 
 
 def test_host_memory_that_is_registered_is_a_source() -> None:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.transfer import runs as module
 from common.transfer.base import Run, TransferError
 from common.transfer.runs import batches, checked, coalesce
 
 pytestmark = pytest.mark.unit
 
 PAGE = 4096
+
+
+@pytest.fixture(params=[module.FEW, 0], ids=["few", "many"], autouse=True, scope="module")
+def either_way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Short lists and long ones take different ways; both are tested with all lists."""
+    before, module.FEW = module.FEW, request.param
+    yield
+    module.FEW = before
 
 
 def test_consecutive_pages_make_one_run() -> None:
