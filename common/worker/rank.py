@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,14 +19,17 @@ from common.worker.build import Register
 
 MAX_CPU_POOL_BYTES = 4 * 2**30
 CPU_POOL_SHARE = 0.25  # of the memory that is available: several workers often share one machine
+# A core computes as many prompt tokens a second in steps of this size as in larger ones, which only make others wait.
+CPU_CHUNK_TOKENS = 256
 
 
 def default_num_pages(config: EngineConfig, layout: KvLayout, context_length: int, device: torch.device) -> int:
     """Pages of the KV pool, once the weights are loaded.
 
-    `--max-total-tokens` decides if it is set. On CUDA it is what `--mem-fraction-static` of the device's memory
-    leaves. On CPU it is what `--max-running-requests` full contexts need, but at most a quarter of the memory that
-    is available, and at most 4 GiB.
+    `--max-total-tokens` decides if it is set. On CUDA it is what the weights leave of `--mem-fraction-static` of the
+    device's memory, at most what is free: other workers may have their own share. On CPU it is what
+    `--max-running-requests` full contexts need, but at most a quarter of the memory that is available, and at most
+    4 GiB.
 
     Raises:
         MeshError: BAD_CONFIG; not one page fits.
@@ -34,7 +38,8 @@ def default_num_pages(config: EngineConfig, layout: KvLayout, context_length: in
         num_pages = config.max_total_tokens // layout.page_size
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        num_pages = int(total * config.mem_fraction_static - (total - free)) // layout.page_bytes
+        own_share = int(total * config.mem_fraction_static) - torch.cuda.memory_reserved(device)
+        num_pages = min(own_share, free) // layout.page_bytes
     else:
         wanted = config.max_running_requests * layout.pages_for(context_length)
         most = min(int(available_bytes() * CPU_POOL_SHARE), MAX_CPU_POOL_BYTES)
@@ -77,6 +82,7 @@ def build_engine(
     if runner.device.type == "cpu":
         buffer = allocate(num_pages * runner.layout.page_bytes) if allocate else None
         pool = KvPool(runner.layout, num_pages, buffer=buffer)
+        config = replace(config, chunked_prefill_size=config.chunked_prefill_size or CPU_CHUNK_TOKENS)
     else:
         pool = KvPool(runner.layout, num_pages, device=runner.device)
         if register is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+
 import msgspec
 
 from common.engine.emulated_times import load_times
@@ -35,12 +38,23 @@ def build_with_transfer(
     name = config.transfer_backend
     try:
         backend = create(name, transfer_config(config, start.rank), waker.wake)
-        if runs_on_gpu(config.engine) and not backend.capabilities.device_memory:  # said before weights are loaded
-            raise TransferError("it moves host memory, and the model runs on a GPU; take nixl or mooncake")
+        if runs_on_gpu(config.engine):  # said before weights are loaded
+            check_for_gpu(backend)
         engine = build_engine(config.engine, backend.allocate, backend.register)
         return engine, backend, ready_message(start.rank, engine, name, backend.export())
     except TransferError as error:
         raise MeshError(Reason.BAD_CONFIG, f"--disaggregation-transfer-backend {name}: {error}") from None
+
+
+def check_for_gpu(backend: TransferBackend, environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse what cannot move a pool on a GPU, or would move other memory than the pool's after a while."""
+    if not backend.capabilities.device_memory:
+        raise TransferError("it moves host memory, and the model runs on a GPU; take nixl or mooncake")
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        if "expandable_segments:true" in environ.get(name, "").lower().replace(" ", ""):
+            raise TransferError(
+                f"{name}: expandable_segments lets CUDA put other memory behind a registered address; leave it out"
+            )
 
 
 def transfer_config(config: WorkerConfig, rank: int = 0) -> TransferConfig:
@@ -49,7 +63,9 @@ def transfer_config(config: WorkerConfig, rank: int = 0) -> TransferConfig:
     if config.transfer_backend == "emulated":
         times = load_times(config.engine).transfer
         queues = config.handover.disaggregation_queue_size
-        return TransferConfig(host, config.host, queues=queues, latency_s=times.latency_s, bytes_per_s=times.bytes_per_s)
+        return TransferConfig(
+            host, config.host, queues=queues, latency_s=times.latency_s, bytes_per_s=times.bytes_per_s
+        )
     mooncake = config.mooncake_file
     return TransferConfig(
         host,
