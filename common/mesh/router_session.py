@@ -141,7 +141,7 @@ class RouterSession(Replicas["RouterLink"]):
         if self.owners.shards:
             failed = pb.RequestFailed(request_id=request_id, reason=error.reason, message=error.message)
             shard = shard_of_request(request_id, self.owners.shards)
-            self._send_to_owner(shard, pb.RouterEvent(request_failed=failed), hurry=False)
+            self._send_to_owner(shard, pb.RouterEvent(request_failed=failed), hurry=True)
 
     def lost(self, error: MeshError) -> None:
         """A session broke. For those who want to know; the view and the rooms are kept."""

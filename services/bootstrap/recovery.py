@@ -181,7 +181,8 @@ class Recovery:
             member, writes = self._workers.get(worker_id), worker_id == entry.room.prefill_worker_id
             if not (member and member.online):
                 last = self._last.get(worker_id)
-                self._workers.gave_up(worker_id, last.epoch if last else 0)
+                if writes:  # it is fenced off in the life that it had
+                    self._workers.gave_up(worker_id, last.epoch if last else 0)
                 self._rooms.worker_lost(worker_id, message, last)
             elif writes and not self._rooms.may_speak_for_writer(worker_id, entry):
                 lost = machine.WorkerLost(entry.room.ticket, Party.PREFILL, message, entry.writer)

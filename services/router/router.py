@@ -24,7 +24,10 @@ from services.router.request import Delta, Draft, GenerationRequest
 from services.router.validate import check_request_id, refusal, validate
 from services.router.workers import WorkerPool
 
-VIEW_INTERVAL_S = 0.01  # between looks at a view of the workers that keeps changing
+# Between looks at a view of the workers that keeps changing: so long, and so many times what a look takes. With a
+# thousand workers that is a few milliseconds, and there is a heartbeat every few milliseconds.
+VIEW_INTERVAL_S = 0.01
+VIEW_PAUSE = 20
 INLINE_CHARACTERS = 8192  # longer texts are tokenized in a thread
 
 log = get_logger(__name__)
@@ -61,6 +64,7 @@ class Router:
         self._idle.set()
         self._draining = False
         self._following: asyncio.TimerHandle | None = None
+        self._rested_at = 0.0
         self._closed = False
 
     # ---------------------------------------------------------------------------------- requests
@@ -215,12 +219,16 @@ class Router:
     def _workers_changed(self) -> None:
         """Follow the view soon: loads change it many times a second, and each look costs as much as it is long."""
         if self._following is None and not self._closed:
-            self._following = asyncio.get_running_loop().call_later(VIEW_INTERVAL_S, self._follow)
+            loop = asyncio.get_running_loop()
+            self._following = loop.call_at(max(loop.time() + VIEW_INTERVAL_S, self._rested_at), self._follow)
 
     def _follow(self) -> None:
+        began = asyncio.get_running_loop().time()
         self._following = None
         self.directory.update(self.session.workers.values())
         self.pool.update(self.session.workers)
+        now = asyncio.get_running_loop().time()
+        self._rested_at = now + VIEW_PAUSE * (now - began)
 
     def _room_ended(self, ended: RoomEnded) -> None:
         if ended.state == types_pb2.ROOM_STATE_FAILED:

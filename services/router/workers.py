@@ -6,7 +6,8 @@ import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import TypeVar, cast
 
 from common.config.tls import Credentials
 from common.mesh.credit import Credit
@@ -55,7 +56,10 @@ class WorkerPool:
         self._tls = tls
         self._links: dict[str, Link] = {}
         self._pairings: dict[str, Pairing] = {}
-        self._candidates: dict[str, tuple[list[PrefillLink], list[DecodeLink]]] = {}  # by model, until a change
+        # Until a change of the workers: candidates and offers by model, prefill workers by what they pair with.
+        self._candidates: dict[str, tuple[list[PrefillLink], list[DecodeLink]]] = {}
+        self._offers: dict[str, dict[str, Credit | None]] = {}
+        self._partners: dict[Pairing, list[PrefillLink]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     def update(self, workers: Mapping[str, types_pb2.Worker]) -> None:
@@ -78,8 +82,10 @@ class WorkerPool:
         return self.candidates(model)[1]
 
     def offers(self, model: str) -> dict[str, Credit | None]:
-        """What each of them can still be given."""
-        return {link.worker_id: link.account.credit for link in self.decodes(model)}
+        """What each of them can still be given, as it changes."""
+        if (known := self._offers.get(model)) is None:
+            known = self._offers[model] = {link.worker_id: link.account.credit for link in self.decodes(model)}
+        return known
 
     def free_sequences(self) -> float:
         """Places that all decode and unified workers still have; infinite where one does not tell, or none is there."""
@@ -92,15 +98,23 @@ class WorkerPool:
 
     def route(self, request: GenerationRequest, need: Need, decodes: Sequence[str]) -> Route:
         """A pair, or a unified worker: one of `decodes`, which were offered, its credit spent for `need`."""
-        prefills, candidates = self.candidates(request.model.name)
-        decode = self._decode_policy.choose([link for link in candidates if link.worker_id in decodes], request)
+        offered = cast(list[DecodeLink], [self._links[worker_id] for worker_id in decodes])
+        decode = self._decode_policy.choose(offered, request)
         spend = decode.account.spend(need.tokens, need.remaining)
         if is_unified(decode.record):
             return Route(None, decode, spend)
-        fit = self._pairings[decode.worker_id]
-        partners = [link for link in prefills if self._pairings[link.worker_id] == fit]
-        partners = [link for link in partners if link.worker_id not in need.avoid] or partners
+        partners = self._partners_of(decode)
+        if need.avoid:
+            partners = [link for link in partners if link.worker_id not in need.avoid] or partners
         return Route(self._prefill_policy.choose(partners, request), decode, spend)
+
+    def _partners_of(self, decode: DecodeLink) -> list[PrefillLink]:
+        """Available prefill workers that fit a decode worker."""
+        fit = self._pairings[decode.worker_id]
+        if (known := self._partners.get(fit)) is None:
+            prefills, _ = self.candidates(decode.record.model.served_model_name)
+            known = self._partners[fit] = [link for link in prefills if self._pairings[link.worker_id] == fit]
+        return known
 
     def candidates(self, model: str) -> tuple[list[PrefillLink], list[DecodeLink]]:
         """Available workers of a model: prefill workers, and such decode workers as have one or need none."""
@@ -135,7 +149,7 @@ class WorkerPool:
 
     async def close(self) -> None:
         """Close all links. Idempotent."""
-        self._candidates.clear()
+        self._forget_choices()
         while self._links:
             self._close(self._links.popitem()[1])
         await asyncio.gather(*self._closing)
@@ -148,14 +162,25 @@ class WorkerPool:
         ]
 
     def _changed(self) -> None:
-        self._candidates.clear()
+        self._forget_choices()
         self._on_change()
+
+    def _forget_choices(self) -> None:
+        self._candidates.clear()
+        self._offers.clear()
+        self._partners.clear()
+
+    def _credit_changed(self, link: DecodeLink, credit: Credit | None) -> None:
+        offers = self._offers.get(link.record.model.served_model_name, {})
+        if link.worker_id in offers:
+            offers[link.worker_id] = credit
 
     def _connect(self, record: types_pb2.Worker) -> Link:
         if record.role == types_pb2.WORKER_ROLE_PREFILL:
             return PrefillLink(record, self._changed, self._tls)
         link = DecodeLink(record, self._changed, self._tls)
         link.on_credit = self.on_credit
+        link.account.on_change = partial(self._credit_changed, link)
         return link
 
     def _close(self, link: Link) -> None:

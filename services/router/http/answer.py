@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Iterable
+from collections.abc import Iterable
 from contextlib import aclosing
 from typing import Any
 
@@ -46,14 +46,29 @@ class Answer(Response):
         self._shape = shape
         self._streamed = stream
         self._with_usage = usage
+        self._answered = self._left = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one call; gives the generation up as soon as the client disconnects."""
-        work = self._stream if self._streamed else self._whole
+        serving = asyncio.current_task()
+        assert serving is not None
+        watcher = asyncio.create_task(self._watch(receive, serving))
         try:
-            await while_connected(receive, work(scope, receive, send))
+            await (self._stream if self._streamed else self._whole)(scope, receive, send)
+        except asyncio.CancelledError:
+            if not self._left or serving.uncancel():  # it was not the client, or not it alone
+                raise
         finally:
+            watcher.cancel()
             self._router.depart(self._request.request_id)
+
+    async def _watch(self, receive: Receive, serving: asyncio.Task[Any]) -> None:
+        """Cancel `serving` when the client leaves before it has its answer, whose end looks the same from here."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if not self._answered:
+            self._left = True
+            serving.cancel()
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         deltas: list[list[Delta]] = [[] for _ in range(self._request.sequences)]
@@ -64,6 +79,7 @@ class Answer(Response):
                     deltas[delta.index].append(delta)
                     if delta.usage:  # the last one; the client need not wait for what is still to be tidied up
                         response = json_response(self._shape.whole(deltas, delta.usage), headers=headers)
+                        self._answered = True
                         await response(scope, receive, send)
         except MeshError as error:
             await error_response(error, self._request.request_id)(scope, receive, send)
@@ -93,25 +109,6 @@ class Answer(Response):
     async def _start(self, send: Send) -> None:
         headers = [*sse.HEADERS, (b"x-request-id", self._request.request_id.encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Run `work` until it is done, or cancel it when the client disconnects."""
-
-    async def disconnected() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.create_task(work), asyncio.create_task(disconnected())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
 
 
 def usage_json(usage: Usage) -> Json:
