@@ -3,10 +3,11 @@
     make bench BENCH=saturation ARGS="--seconds 60"
 
 A pair of workers whose decode pool holds a few sequences. First its best load is looked for, with as many clients as
-there are places and more; then 200 requests come at once; then requests come at four times the best rate, whatever
-becomes of the earlier ones. Measured are the answers per second (goodput) in each phase, and for what was refused the
-time from its sending to its refusal, less the queue time where it was queued. At the end no page may be held, nothing
-may have been retracted, and the workers must be those of the beginning.
+there are places and more; then 200 requests come at once, over sockets that stand already (burst.py); then requests
+come at four times the best rate, whatever becomes of the earlier ones. Measured are the answers per second (goodput)
+in each phase, and for what was refused the time from its sending to its refusal, less the queue time where it was
+queued. At the end no page may be held, nothing may have been retracted, and the workers must be those of the
+beginning.
 
 The engine is emulated unless told otherwise: then decode takes 20 ms a step, so that the figures are those of the
 control plane and not of the processor that all share.
@@ -18,6 +19,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -28,7 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-from processes import ROOT, service
+from burst import Answered, burst
+from load import chat_request
+from processes import ROOT, cpu_s, service
 
 from common.errors.base import Reason
 from common.rpc.announce import Listening
@@ -43,6 +47,7 @@ TIMES = {
     "transfer": {"latency_s": 0.0001, "bytes_per_s": 1e10},
 }
 BURST = 200
+AT_REST = re.compile('state="(free|cached)"')  # pages that nobody holds
 OVERLOAD = 4
 
 
@@ -161,18 +166,28 @@ async def measure(arguments: argparse.Namespace, running: Mesh) -> dict[str, obj
     loads = (arguments.places, arguments.places * 3 // 2, arguments.places * 2)
     closed = {clients: await client.closed_loop(clients, arguments.best_seconds) for clients in loads}
     best = max(closed.values())
-    start = time.perf_counter()
-    burst = await asyncio.gather(*(client.ask(number) for number in range(BURST)))
-    burst_s = time.perf_counter() - start
+    url = f"http://{running.router.http}"
+    requests = [chat_request(url, "adder", arguments.tokens, False)] * BURST
+    before = cpu_s(running.router.pid)
+    at_once = [outcome_of(answer) for answer in burst(url, requests)]
+    router_cpu_s = cpu_s(running.router.pid) - before
     flood, goodput = await client.open_loop(best * OVERLOAD, arguments.seconds)
     await client.close()
     return {
         "best_per_s": {clients: round(rate, 2) for clients, rate in closed.items()},
-        "burst": {"seconds": round(burst_s, 2), **client.refusals(burst)},
+        "burst": {"router_cpu_ms": round(router_cpu_s * 1e3), **client.refusals(at_once)},
         "overload": {"offered_per_s": round(best * OVERLOAD, 1), "served_per_s": round(goodput, 2)}
         | client.refusals(flood),
         "goodput_of_best": round(goodput / best, 3),
     }
+
+
+def outcome_of(answer: Answered) -> Outcome:
+    if answer.status == 200:
+        return Outcome(answer.seconds)
+    error = answer.body["error"]
+    assert isinstance(error, dict)
+    return Outcome(answer.seconds, str(error["code"]).upper(), "within" in str(error["message"]))
 
 
 def figures_of(worker: Listening) -> dict[str, float]:
@@ -199,7 +214,7 @@ def main() -> None:
         for worker in running.workers:
             os.kill(worker.pid, 0)
             state = figures_of(worker)
-            held = {name: value for name, value in state.items() if value and 'state="free"' not in name}
+            held = {name: value for name, value in state.items() if value and not AT_REST.search(name)}
             assert not {name for name in held if "created" not in name}, held
         figures["load_average"] = os.getloadavg()[0]
         print(json.dumps(figures, indent=2))

@@ -175,7 +175,8 @@ def started(*what: Any) -> Iterator[Call]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--child"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdin and process.stdout
+    assert process.stdin
+    assert process.stdout
     commands, answers = process.stdin, process.stdout
 
     def call(*command: Any) -> Callable[[], Any]:
@@ -249,10 +250,8 @@ def main() -> None:
         f"load {os.getloadavg()[0]:.2f}, {os.cpu_count()} cores, {arguments.copy_threads} threads of the local backend"
     )
     print(f"decode: {BATCH} sequences of {CONTEXT} tokens; prefill: {CHUNK} tokens after {CONTEXT - CHUNK}\n")
-    print(
-        "| step | backend | side | transfer | alone | beside it | beside a copy | slowed by | floor | processor | floor |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    columns = "step | backend | side | transfer | alone | beside it | beside a copy"
+    print(f"| {columns} | slowed by | floor | processor | floor |\n|---|---|---|---|---|---|---|---|---|---|---|")
     for kind in arguments.kinds:
         for backend in arguments.backends:
             for side, row in zip(("writer", "target"), measure(backend, kind, arguments), strict=True):
