@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import select
 import socket
 import time
 from collections import Counter, defaultdict
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import zmq
 from msgspec import structs
 
 from common.engine.messages import Sampling, SequenceFailed, Tokens
@@ -94,7 +94,7 @@ class Entry:
 class World:
     """Everybody who takes part. `make` makes a party; `rate` is the share of rooms that something happens to.
 
-    The rooms' clock goes on by `step_s` a turn, and by `idle_step_s` more if nothing happened in it.
+    The rooms' clock goes on by `step_s` a turn, and by `idle_step_s` more when nobody has anything to do.
     """
 
     def __init__(
@@ -124,6 +124,7 @@ class World:
         self.turns = 0
         self.lives = 0
         self.sequences = self.attempts = 0
+        self.numbers = itertools.count(1)
         self.did: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.prefixes = [[self.draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in (40, 64, 100, 150)]
@@ -138,11 +139,10 @@ class World:
     # ------------------------------------------------------------------------------------ the way of it
 
     def run(self, count: int) -> None:
-        """Let there be `count` hand-overs, and all of them end."""
-        requests = itertools.count()
+        """Let there be `count` hand-overs, those of earlier calls among them, and all of them end."""
         while self.attempts < count or self.open:
             while self.attempts < count and len(self.open) < OPEN_AT_ONCE:
-                self.request(next(requests))
+                self.request(next(self.numbers))
             self.turn()
         self.settle()
 
@@ -162,9 +162,18 @@ class World:
             elif entry.over:
                 self.open.pop(entry.room.ticket, None)
         if not busy and not self.plans:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until a backend here or a child has news, for a moment at most."""
+        poller = zmq.Poller()
+        poller.register(self.waker.fd, zmq.POLLIN)
+        for member in self.members:
+            if isinstance(member, Child):
+                poller.register(member.socket, zmq.POLLIN)
+        if not poller.poll(2):
             self.now += self.idle_step_s
-            select.select([self.waker.fd], [], [], 0.002)  # backends have work; what a child says is seen next time
-            self.waker.drain()
+        self.waker.drain()
 
     def turn_of(self, member: Member) -> bool:
         if not member.alive:
@@ -200,7 +209,7 @@ class World:
                 act()
         for member in list(self.members):
             self.return_of(member)
-        self.rate = 0.0
+        rate, self.rate = self.rate, 0.0
         self.now += 1000
         end = time.monotonic() + PATIENCE_S
         while not self.quiet:
@@ -209,6 +218,7 @@ class World:
             for member in self.members:
                 if not member.attached:
                     self.attach(member)
+        self.rate = rate
 
     @property
     def quiet(self) -> bool:

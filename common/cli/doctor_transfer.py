@@ -202,7 +202,7 @@ def advise(found: Mapping[str, Found], *, rdma: bool, gpus: bool) -> dict[str, A
     between = {name: result for name, result in works.items() if name not in SAME_HOST_ONLY}
     by = "by RDMA" if rdma else "over TCP, for want of an RDMA device"
     return {
-        "within_machine": fastest(within, "; local moves no GPU's memory" if gpus and "local" in works else ""),
+        "within_machine": fastest(within, "; measured in host memory, and local moves no GPU's" if gpus else ""),
         "between_machines": fastest(between, f"; the network, {by}, was not measured"),
     }
 

@@ -20,9 +20,10 @@ from common.cli.supervisor import Child, Supervisor
 from common.config.bootstrap import DEFAULT_BOOTSTRAP_PORT
 from common.config.flags import bad, flag, resolve, to_environment, to_flags
 from common.config.tls import Credentials, TlsConfig, load
+from common.engine.config import EngineConfig
 from common.rpc.announce import Listening
 from common.rpc.channel import connect
-from common.worker.config import WorkerConfig
+from common.worker.config import BACKENDS, WorkerConfig
 from pdmesh.v1 import router_service_pb2 as pb
 from pdmesh.v1 import router_service_pb2_grpc as pb_grpc
 from services.bootstrap.config import BootstrapProcessConfig
@@ -55,6 +56,9 @@ class UpConfig:
     )
     cpu_threads: int | None = flag(None, "Threads of one rank's kernels on CPU (default: its share of the cores).")
     base_gpu_id: int | None = flag(None, "GPU of every worker (default: the workers take turns).")
+    disaggregation_transfer_backend: str | None = flag(
+        None, "Engine that moves the pages (default: local, or nixl where there are GPUs).", choices=BACKENDS
+    )
     mem_fraction_static: float | None = flag(
         None, f"Share of memory for weights and KV pool (default: {MEMORY_SHARE} among those that share a device)."
     )
@@ -119,6 +123,7 @@ class Launch:
         config, gpus = self.config, count_gpus()
         sharing = -(-len(self.names) // gpus) if gpus else len(self.names)
         threads = max(1, len(os.sched_getaffinity(0)) // len(self.names))
+        backend = "nixl" if gpus and self.settings(EngineConfig).device != "cpu" else "local"
         return self.flags(
             WorkerConfig,
             model_path=self.model_path,
@@ -128,6 +133,7 @@ class Launch:
             port=0,
             metrics_port=0,
             cpu_threads=either(config.cpu_threads, threads),
+            disaggregation_transfer_backend=either(config.disaggregation_transfer_backend, backend),
             base_gpu_id=either(config.base_gpu_id, index % max(1, gpus)),
             mem_fraction_static=either(config.mem_fraction_static, round(MEMORY_SHARE / sharing, 3)),
         )

@@ -117,6 +117,7 @@ def test_checksums_find_every_byte_that_flipped(waker: Waker) -> None:
     rates = Rates(corrupt=0.1, drop=0.02, hold=0.1)
     world = Run(waker, "local", 2_000 if SOAK else 500, checksum="full", rates=rates).through()
     check(world, "corrupt", "failed: CHECKSUM_MISMATCH")
+    assert world.did["failed: CHECKSUM_MISMATCH"] <= world.did["corrupt"], "no false alarm"
 
 
 def test_control_without_checksums_a_flipped_byte_is_accepted(waker: Waker) -> None:

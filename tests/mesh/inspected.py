@@ -22,7 +22,7 @@ from pdmesh.v1 import router_service_pb2 as router_pb
 from pdmesh.v1 import types_pb2 as types
 from tests.mesh.harness import Client
 from tests.mesh.processes import Services
-from tests.mesh.reflect import ask
+from tests.mesh.reflect import Refused, ask
 
 PATIENCE_S = 30.0
 PROMPT = list(range(3, 43))  # 40 tokens, 3 pages
@@ -75,7 +75,10 @@ class Mesh(Services):
         said: dict[str, Any] = {}
 
         def has_them() -> bool:
-            said.update(self.call("Explain", requestId=request_id))
+            try:
+                said.update(self.call("Explain", requestId=request_id))
+            except Refused:  # the router's word is still on its way
+                return False
             return not said["summary"].startswith("Under way") and all(word in said["summary"] for word in words)
 
         try:

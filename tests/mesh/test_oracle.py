@@ -29,7 +29,7 @@ FEWER_CASES = [
     ("deepseek-v3", "local"),
     ("deepseek-v3", "nixl"),
     ("deepseek-v2", "unified"),
-    ("deepseek-v2-lite", "mooncake"),
+    ("deepseek-v2", "mooncake"),
     ("qwen3-moe", "unified"),
     ("mixtral", "local"),
 ]

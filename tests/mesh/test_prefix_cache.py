@@ -15,16 +15,26 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import Answer, Oracle, make_checkpoint
-from tests.mesh.harness import Client, Mesh, Result, pages_of, running, wait_until
+from tests.mesh.harness import Client, Mesh, Result, running, scrape, wait_until
 
 pytestmark = [pytest.mark.mesh, pytest.mark.slow, pytest.mark.flaky(reruns=0)]
 
 SEED = 47
 PAGE = 16
+PAGE_BYTES = 4 * 2 * 2 * PAGE * 16 * 4
+POOL = 32768  # tokens: all prompts fit
 GROUPS, PROMPTS, STEM, LEAF, NEW_TOKENS = 8, 200, 160, 40, 4
 CACHING = "--disaggregation-decode-enable-radix-cache"
-SETTINGS = ("--dtype", "float32", "--chunked-prefill-size", "256", "--page-size", str(PAGE))
-ROOMY, TIGHT = ("--max-total-tokens", "65536"), ("--max-total-tokens", "4096")
+SETTINGS = (
+    "--dtype",
+    "float32",
+    "--chunked-prefill-size",
+    "256",
+    "--page-size",
+    str(PAGE),
+    "--max-total-tokens",
+    str(POOL),
+)
 MODES = {
     "local": ("--disaggregation-transfer-backend", "local", CACHING),
     "nixl": ("--disaggregation-transfer-backend", "nixl", CACHING),
@@ -59,7 +69,7 @@ def known(folder: Path) -> tuple[Path, list[Answer]]:
 @pytest.fixture(params=MODES)
 def served(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[Mesh, list[Answer]]]:
     path, answers = known(folder)
-    with running("--model-path", str(path), *SETTINGS, *ROOMY, *MODES[request.param]) as mesh:
+    with running("--model-path", str(path), *SETTINGS, *MODES[request.param]) as mesh:
         yield mesh, answers
 
 
@@ -76,10 +86,56 @@ def cached(results: Sequence[Result]) -> list[int]:
     return [result.usage.cached_tokens for result in results if result.usage]
 
 
-def whole_pages(tokens: int) -> int:
-    return tokens // PAGE
+def received(mesh: Mesh) -> float:
+    """Bytes that arrived at decode so far."""
+    lines = [line for process in mesh.of("decode") for line in scrape(process["metrics"]).splitlines()]
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("pdmesh_transfer_received_bytes_total{"))
 
 
-def in_pages(mesh: Mesh) -> int:
-    """Pages that decode keeps."""
-    return sum(pages_of(process)["cached"] for process in mesh.of("decode"))
+async def abandon(client: Client, answers: Sequence[Answer]) -> None:
+    """Ask, and leave after the first tokens, or before."""
+    rng = random.Random(SEED)
+
+    async def leave(answer: Answer, patience: int) -> None:
+        stream = client.stream(answer.prompt_ids, temperature=0.0, max_new_tokens=200, ignore_eos=True)
+        if patience:
+            async for _ in stream:
+                if not (patience := patience - 1):
+                    break
+        stream.cancel()  # type: ignore[attr-defined]
+
+    await asyncio.gather(*(leave(answer, rng.randrange(3)) for answer in answers))
+
+
+async def test_what_is_known_is_neither_computed_nor_sent_again(served: tuple[Mesh, list[Answer]]) -> None:
+    mesh, answers = served
+    prompts = [answer.prompt_ids for answer in answers]
+    async with Client(mesh.grpc) as client:
+        first = await ask(client, answers)
+        prefixes = {tuple(ids[: PAGE * n]) for ids in prompts for n in range(1, len(ids) // PAGE + 1)}
+        shared = sum(len(ids) // PAGE for ids in prompts) - len(prefixes)
+        assert sum(cached(first)) == shared * PAGE, (
+            "a page that prompts share is computed once, though all came at once"
+        )
+        wait_until(mesh.at_rest, 10, "every page is free or cached")
+
+        before = received(mesh)
+        second = await ask(client, answers)
+        assert cached(second) == [(len(ids) - 1) // PAGE * PAGE for ids in prompts], "all but the last page, or token"
+        wait_until(mesh.at_rest, 10, "every page is free or cached")
+        if mesh.of("decode"):
+            new = sum(len(ids) % PAGE > 0 for ids in prompts)  # pages that are not full, and so never cached
+            assert received(mesh) - before == new * PAGE_BYTES
+
+        rng = random.Random(SEED)
+        fillers = [[rng.randrange(2, 500) for _ in range(2000)] for _ in range(POOL // 2000 + 2)]
+        await client.generate_all(fillers, temperature=0.0, max_new_tokens=1)
+        third = await ask(client, answers)
+        assert sum(cached(third)) < sum(cached(second)), "the prompts were pushed out of the cache"
+
+        await asyncio.gather(abandon(client, answers[::3]), ask(client, answers), abandon(client, answers[1::3]))
+        fifth = await ask(client, answers)
+        assert cached(fifth) == cached(second)
+    wait_until(mesh.at_rest, 10, "every page is free or cached")
+    log = mesh.log.read_text()
+    assert "the ledger is wrong" not in log

@@ -58,6 +58,9 @@ class Pool:
     def offers(self, model: str) -> dict[str, Credit | None]:
         return {worker.worker_id: worker.account.credit for worker in self.workers}
 
+    def free_sequences(self) -> float:
+        return sum(worker.account.credit.sequences for worker in self.workers if worker.account.credit)
+
     def route(self, request: GenerationRequest, need: Need, decodes: list[str]) -> Route:
         (worker,) = self.workers
         assert decodes == [worker.worker_id]
@@ -126,6 +129,41 @@ async def test_the_queue_is_bounded_by_requests_not_by_sequences(pool: Pool) -> 
     pool.workers[0].publish(LIMIT, 4)
     queue.admit()
     await asyncio.gather(*waiting)
+
+
+async def test_who_would_have_no_place_is_refused_at_the_door(pool: Pool) -> None:
+    queue = admission(pool, queued=2)
+    pool.workers[0].publish(LIMIT, 1)
+    others = [queue.arrive(name) for name in ("a", "b", "c")]  # one may run, two may wait
+    assert others == [False, True, True]
+    with pytest.raises(MeshError) as caught:
+        queue.arrive("d")
+    assert caught.value.reason is Reason.OVERLOADED
+    assert caught.value.retry_after_s == 1.0
+    queue.depart("a")  # it was wrong
+    queue.depart("a")
+    queue.arrive("d")
+    assert (await start(queue, "b", 1)).done()
+    waiting = [await start(queue, name, 1) for name in ("c", "d")]
+    assert queue.queued == 2
+    with pytest.raises(MeshError):
+        queue.arrive("e")
+    pool.workers[0].publish(LIMIT, 4)
+    queue.admit()
+    await asyncio.gather(*waiting)
+    queue.arrive("e")
+
+
+async def test_places_that_may_not_be_used_are_none(pool: Pool) -> None:
+    queue = admission(pool, running=1, queued=0)
+    queue.arrive("a")
+    with pytest.raises(MeshError):
+        queue.arrive("b")
+    assert (await start(queue, "a", 1)).done()
+    with pytest.raises(MeshError):
+        queue.arrive("b")
+    queue.ended("a")
+    queue.arrive("b")
 
 
 async def test_so_many_requests_run_at_once(pool: Pool) -> None:

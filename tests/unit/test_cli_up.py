@@ -84,6 +84,10 @@ async def test_workers_take_turns_on_gpus(monkeypatch: pytest.MonkeyPatch) -> No
     workers = [read_back(WorkerConfig, mesh.worker_flags(i, name, "")) for i, name in enumerate(mesh.names)]
     assert [worker.engine.base_gpu_id for worker in workers] == [0, 1, 0]
     assert {worker.engine.mem_fraction_static for worker in workers} == {0.4}
+    assert {worker.handover.disaggregation_transfer_backend for worker in workers} == {"nixl"}, "local has no way there"
+    mesh = await plan("--device", "cpu")
+    worker = read_back(WorkerConfig, mesh.worker_flags(0, "prefill-0", ""))
+    assert worker.handover.disaggregation_transfer_backend == "local"
 
 
 async def test_what_the_user_gave_goes_to_who_knows_it() -> None:
@@ -102,6 +106,11 @@ async def test_what_the_user_gave_goes_to_who_knows_it() -> None:
     assert (bootstrap.bootstrap.port, bootstrap.bootstrap.store) == (9, "etcd")
 
 
+async def test_a_worker_that_could_not_start_is_refused_before_anything_does() -> None:
+    with pytest.raises(MeshError, match="this machine has no RDMA device no_such_device"):
+        await plan("--disaggregation-transfer-backend", "nixl", "--disaggregation-ib-device", "no_such_device")
+
+
 async def test_one_file_holds_settings_of_all(tmp_path: Path) -> None:
     file = tmp_path / "mesh.toml"
     file.write_text("prefill = 2\npage-size = 8\nmax-queued-requests = 5\nstore = 'etcd'\n")
@@ -111,7 +120,7 @@ async def test_one_file_holds_settings_of_all(tmp_path: Path) -> None:
     assert read_back(RouterProcessConfig, mesh.flags(RouterProcessConfig)).router.max_queued_requests == 5
 
 
-@pytest.mark.parametrize("flag", ["--bootstrap", "--worker-id", "--metrics-port"])
+@pytest.mark.parametrize("flag", ["--bootstrap", "--worker-id", "--metrics-port", "--advertise-address"])
 def test_what_up_decides_itself_is_no_flag(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(flag, "1")

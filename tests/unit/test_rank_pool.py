@@ -52,6 +52,23 @@ def test_a_cpu_pool_is_modest(monkeypatch: pytest.MonkeyPatch, available: int, r
     assert default_num_pages(EngineConfig(max_running_requests=running), LAYOUT, 2048, CPU) == pages
 
 
+@pytest.mark.parametrize(("weights", "others", "pages"), [(8, 0, 32), (8, 40, 32), (8, 80, 12), (50, 0, 0)])
+def test_a_gpus_pool_is_this_workers_share(
+    monkeypatch: pytest.MonkeyPatch, weights: int, others: int, pages: int
+) -> None:
+    """Of 100 pages' worth of memory, 40 %: whatever others have there, as long as it is free."""
+    device, page = torch.device("cuda", 1), LAYOUT.page_bytes
+    memory = (100 - weights - others) * page, 100 * page
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda asked: memory)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda asked: weights * page)
+    config = EngineConfig(mem_fraction_static=0.4)
+    if pages:
+        assert default_num_pages(config, LAYOUT, 2048, device) == pages
+    else:
+        with pytest.raises(MeshError, match="no page"):
+            default_num_pages(config, LAYOUT, 2048, device)
+
+
 def test_a_pool_without_a_page_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank, "available_bytes", lambda: 1000)
     for config in (EngineConfig(), EngineConfig(max_total_tokens=15)):

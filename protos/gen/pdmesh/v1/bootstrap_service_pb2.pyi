@@ -961,7 +961,10 @@ class OpenRoom(_message.Message):
 
     @_builtins.property
     def ticket(self) -> _types_pb2.Ticket:
-        """Set for a room that was opened before, at an owner that is gone: the new one takes it over."""
+        """The room's ticket, made by the router under the epoch of the owner's claim as it knows it; its legs may have begun.
+        With an earlier epoch the room was opened at an owner that is gone, and the new one takes it over. Such a room is
+        not answered with `opened`. Absent: bootstrap makes the ticket and tells it.
+        """
 
     def __init__(
         self,
