@@ -25,6 +25,10 @@ class Group(Protocol):
     @property
     def size(self) -> int: ...
 
+    def subgroup(self, ranks: Sequence[Sequence[int]]) -> Group:
+        """This rank's group of `ranks`, no two of which share a rank."""
+        ...
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks; `x` may be overwritten."""
         ...
@@ -47,6 +51,9 @@ class Alone:
     rank: int = 0
     size: int = 1
 
+    def subgroup(self, ranks: Sequence[Sequence[int]]) -> Group:
+        return self
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
@@ -63,10 +70,23 @@ ALONE = Alone()
 class TorchGroup:
     """A process group of torch.distributed: gloo on CPU, NCCL on GPUs."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
         self.group = group
+        self.timeout = timeout
         self.rank = group.rank()
         self.size = group.size()
+
+    def subgroup(self, ranks: Sequence[Sequence[int]]) -> Group:
+        """See `Group.subgroup`; only for the group of all ranks."""
+        mine: Group = ALONE
+        for some in ranks:
+            if len(some) == self.size:
+                mine = self
+            elif len(some) > 1:  # torch wants all ranks to make all groups, also those of others
+                group = dist.new_group(list(some), timeout=self.timeout)
+                if self.rank in some:
+                    mine = TorchGroup(group, self.timeout)
+        return mine
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """See `Group.all_reduce`."""
@@ -100,12 +120,11 @@ def join_group(backend: str, address: str, rank: int, size: int, timeout_s: floa
     """
     if size == 1:
         return ALONE
-    dist.init_process_group(
-        backend, init_method=address, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
-    )
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, init_method=address, rank=rank, world_size=size, timeout=timeout)
     world = dist.group.WORLD
     assert world is not None
-    return TorchGroup(world)
+    return TorchGroup(world, timeout)
 
 
 def leave_group() -> None:

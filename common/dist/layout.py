@@ -7,21 +7,19 @@ owned whole, and their tokens dispatched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from common.config.flags import bad
 from common.dist.dispatch.base import ExpertDispatch
+from common.dist.dispatch.modes import SplitDispatch
 from common.dist.gather import TokenGather
 from common.dist.group import Group
-from common.dist.parallel import Parallel, Sharing
-
-MakeGroup = Callable[[Sequence[Sequence[int]]], Group]  # this rank's group of some that no two share a rank of
+from common.dist.parallel import ONLY_STAGE, Parallel, Sharing, Stage
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The ranks of a worker that has one stage; names and meaning are SGLang's.
+    """The ranks of one stage of a worker; names and meaning are SGLang's.
 
     Attributes:
         tp_size: Ranks.
@@ -62,27 +60,33 @@ class Layout:
         return [list(range(first, self.tp_size, self.attention_size)) for first in range(self.attention_size)]
 
 
-def make_parallel(layout: Layout, make_group: MakeGroup, dispatch: ExpertDispatch | None = None) -> Parallel:
-    """This rank's part of a layout. With `dispatch` tokens travel to the owners of their experts.
+def make_parallel(
+    layout: Layout, world: Group, dispatch: ExpertDispatch | None = None, stage: Stage = ONLY_STAGE
+) -> Parallel:
+    """This rank's part of a layout for the ranks of `world`. With `dispatch` tokens travel to their experts' owners.
 
-    All ranks call it at once, as making a group may be an exchange of all ranks.
+    All ranks call it at once, as making a group is an exchange of all ranks.
 
     Raises:
-        MeshError: BAD_CONFIG for a dispatch between ranks that have the same tokens, or without owners.
+        MeshError: BAD_CONFIG for a dispatch without owners, or without data parallelism.
     """
-    if dispatch is not None and (layout.ep_size != layout.tp_size or layout.dp_size != layout.tp_size):
-        raise bad("expert dispatch wants --ep-size and --dp-size to be --tp-size")
-    attention = Sharing(make_group(layout.attention_ranks()))
-    everyone, peers = make_group([range(layout.tp_size)]), make_group(layout.peer_ranks())
+    if dispatch is not None and (layout.ep_size != layout.tp_size or layout.dp_size == 1):
+        raise bad("expert dispatch wants --ep-size to be --tp-size, and --dp-size above 1")
+    if world.size != layout.tp_size:
+        raise ValueError(f"{world.size} ranks are not the layout's {layout.tp_size}")
+    attention, peers = Sharing(world.subgroup(layout.attention_ranks())), world.subgroup(layout.peer_ranks())
     data_parallel = layout.dp_size > 1
+    if dispatch is not None and layout.attention_size > 1:
+        dispatch = SplitDispatch(dispatch, attention.group)
     gather = TokenGather(peers) if data_parallel else None
     return Parallel(
+        stage=stage,
         attention=attention,
-        dense=Sharing() if layout.moe_dense_tp_size == 1 else Sharing(everyone, gather),
-        experts=Sharing(everyone, None if dispatch else gather),
+        dense=Sharing() if layout.moe_dense_tp_size == 1 else Sharing(world, gather),
+        experts=Sharing(world, None if dispatch else gather),
         own_experts=layout.ep_size > 1,
         dispatch=dispatch,
         embedding=attention,
         # It sees fewer rows than the layers: those whose logits are wanted.
-        head=attention if layout.dp_lm_head else Sharing(everyone, TokenGather(peers) if data_parallel else None),
+        head=attention if layout.dp_lm_head else Sharing(world, TokenGather(peers) if data_parallel else None),
     )

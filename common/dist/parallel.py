@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,8 @@ from common.config.flags import bad
 from common.dist.dispatch.base import ExpertDispatch
 from common.dist.gather import TokenGather
 from common.dist.group import ALONE, Group
+from common.dist.padding import plan_padding
+from common.kvcache.reshard import cut_layers
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -34,10 +36,37 @@ class Sharing:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One of the stages that a model's layers are cut into, of a pipeline."""
+
+    number: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.number == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.number == self.count - 1
+
+    def layers(self, num_layers: int) -> range:
+        """Numbers of this stage's layers in the whole model. Raises `MeshError` (BAD_CONFIG) if there are too few."""
+        try:
+            return range(*cut_layers(num_layers, self.count)[self.number])
+        except ValueError as error:
+            raise bad(f"--pp-size: {error}") from None
+
+
+ONLY_STAGE = Stage()
+
+
+@dataclass(frozen=True)
 class Parallel:
-    """Which ranks share what.
+    """Which ranks share what. All but the stage is about the ranks of one stage.
 
     Attributes:
+        stage: Layers that these ranks have.
         attention: Shares the heads; these ranks have the same tokens.
         dense: Shares the feed-forward blocks that every token goes through.
         experts: Shares the routed experts.
@@ -47,6 +76,7 @@ class Parallel:
         head: Shares the head.
     """
 
+    stage: Stage = ONLY_STAGE
     attention: Sharing = field(default_factory=Sharing)
     dense: Sharing = field(default_factory=Sharing)
     experts: Sharing = field(default_factory=Sharing)
@@ -59,6 +89,22 @@ class Parallel:
     def gathers(self) -> bool:
         """Whether some layer gathers the tokens of ranks that have different ones."""
         return self.dense.gather is not None or self.experts.gather is not None
+
+    def begin_step(self, tokens: Sequence[int], wanted: Sequence[int], mixed: bool) -> None:
+        """Say what each data-parallel rank has in the step that follows; all ranks must say the same.
+
+        Args:
+            tokens: Tokens of each.
+            wanted: Tokens of each whose logits are wanted.
+            mixed: Some rank computes a prompt.
+        """
+        for gather in (self.dense.gather, self.experts.gather):
+            if gather is not None:
+                gather.begin_step(plan_padding(tokens, gathers=True, mixed=mixed))
+        if self.head.gather is not None:
+            self.head.gather.begin_step(plan_padding(wanted, gathers=True, mixed=mixed))
+        if self.dispatch is not None:
+            self.dispatch.begin_step(max(tokens))
 
 
 NOT_PARALLEL = Parallel()

@@ -142,12 +142,14 @@ class ModelConfig(msgspec.Struct, kw_only=True):
         return self.max_position_embeddings
 
 
-def kv_layout(config: ModelConfig, dtype: str, page_size: int, ranks: int = 1) -> KvLayout:
-    """The pages of one of `ranks` that share a model's heads out; a latent is on each of them."""
+def kv_layout(
+    config: ModelConfig, dtype: str, page_size: int, ranks: int = 1, num_layers: int | None = None
+) -> KvLayout:
+    """The pages of one of `ranks` that share the heads of `num_layers` layers, or all; a latent is on each of them."""
     latent = config.kv_lora_rank
     return KvLayout(
         dtype=dtype,
-        num_layers=config.num_hidden_layers,
+        num_layers=config.num_hidden_layers if num_layers is None else num_layers,
         num_kv_heads=max(1, config.kv_heads // ranks) if latent is None else 1,
         head_dim=config.head_size if latent is None else latent + config.qk_rope_head_dim,
         page_size=page_size,

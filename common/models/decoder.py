@@ -51,7 +51,7 @@ class DecoderLayer:
 
 
 class Decoder:
-    """A loaded model; see `common.models.registry.CausalLM`."""
+    """A loaded model, or a stage of one; see `common.models.registry.CausalLM`."""
 
     def __init__(
         self,
@@ -67,32 +67,35 @@ class Decoder:
             MeshError: BAD_CHECKPOINT; BAD_CONFIG for what so many ranks cannot share.
         """
         weights = Weights(checkpoint, config.rms_norm_eps, parallel)
-        hidden, tied = config.hidden_size, config.tie_word_embeddings
-        self.embedding, self.head = weights.vocabulary(config.vocab_size, hidden, tied)
+        vocabulary, hidden, stage = config.vocab_size, config.hidden_size, parallel.stage
+        self.embedding = weights.embedding(vocabulary, hidden) if stage.is_first else None
         try:
             self.rotary = Rotary(
                 config.rope, config.rotary_dim, config.max_position_embeddings, context_length, checkpoint.device
             )
         except ValueError as error:
             raise bad_checkpoint(f"{checkpoint.folder / 'config.json'}: {error}") from None
-        self.layers = [load_layer(weights, layer) for layer in range(config.num_hidden_layers)]
+        self.layers = [load_layer(weights, layer) for layer in stage.layers(config.num_hidden_layers)]
         self.norm = weights.norm("model.norm", hidden)
+        self.head = weights.head(vocabulary, hidden, config.tie_word_embeddings) if stage.is_last else None
         # Where ranks gather each other's tokens within a layer, they know how many there are, not how many are wanted.
         self.selects_late = parallel.gathers
 
     def __call__(
         self,
-        token_ids_T: torch.Tensor,
+        given_T: torch.Tensor,
         positions_T: torch.Tensor,
         plan: Plan,
         wanted_S: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Logits `[S, V]` after the rows `wanted_S`; after all of them when it is None."""
-        x_TE = self.embedding(token_ids_T)
+        """See `common.models.registry.CausalLM`."""
+        x_TE = self.embedding(given_T) if self.embedding else given_T
         cos_T1D, sin_T1D = self.rotary.tables(positions_T, x_TE.dtype)
         for layer in self.layers[:-1]:
             x_TE = layer(x_TE, cos_T1D, sin_T1D, plan, None)
-        x_SE = self.layers[-1](x_TE, cos_T1D, sin_T1D, plan, None if self.selects_late else wanted_S)
-        if self.selects_late and wanted_S is not None:
-            x_SE = x_SE.index_select(0, wanted_S)
+        early = wanted_S if self.head and not self.selects_late else None
+        x_TE = self.layers[-1](x_TE, cos_T1D, sin_T1D, plan, early)
+        if self.head is None:
+            return x_TE
+        x_SE = x_TE.index_select(0, wanted_S) if self.selects_late and wanted_S is not None else x_TE
         return self.head(self.norm(x_SE))

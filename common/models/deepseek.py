@@ -87,7 +87,7 @@ def load_attention(config: ModelConfig, weights: Weights, layer: int) -> LatentA
     expand_OC = weights.checkpoint.projection(f"{prefix}.kv_b_proj.weight", heads * both, latent)
     down = Rotated(f"{prefix}.kv_a_proj_with_mqa", 1, latent + rope, slice(0, 1))
     return LatentAttention(
-        layer,
+        weights.cache_layer(layer, config.num_hidden_layers),
         load_query(config, weights, prefix, mine),
         load_rotated(config, weights, down, hidden, config.attention_bias),
         weights.norm(f"{prefix}.kv_a_layernorm", latent, LATENT_EPS),

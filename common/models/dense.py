@@ -85,7 +85,8 @@ def load_attention(config: ModelConfig, weights: Weights, layer: int, options: D
     )
     num_heads, num_kv_heads = mine.stop - mine.start, kv_mine.stop - kv_mine.start
     norm_ND = load_qk_norm(weights, prefix, size, num_heads, num_kv_heads) if options.qk_norm else None
-    return Attention(layer, qkv, num_heads, num_kv_heads, size, norm_ND, config.rms_norm_eps)
+    cache_layer = weights.cache_layer(layer, config.num_hidden_layers)
+    return Attention(cache_layer, qkv, num_heads, num_kv_heads, size, norm_ND, config.rms_norm_eps)
 
 
 def load_qk_norm(weights: Weights, prefix: str, size: int, num_heads: int, num_kv_heads: int) -> torch.Tensor:

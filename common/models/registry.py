@@ -19,12 +19,16 @@ class CausalLM(Protocol):
 
     def __call__(
         self,
-        token_ids_T: torch.Tensor,
+        given_T: torch.Tensor,
         positions_T: torch.Tensor,
         plan: Plan,
         wanted_S: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Logits `[S, V]` after the rows `wanted_S`; after all of them when it is None."""
+        """Logits `[S, V]` after the rows `wanted_S`; after all of them when it is None.
+
+        `given_T` are token ids; but a later stage of a pipeline is given what the one before it returned, and all but
+        the last return the stream `[T, E]`.
+        """
         ...
 
 

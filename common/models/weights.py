@@ -74,16 +74,23 @@ class Weights:
         """A norm with the model's epsilon, or one of its own."""
         return RmsNorm(self.checkpoint.owned(f"{name}.weight", size), self.eps if eps is None else eps)
 
-    def vocabulary(self, vocab_size: int, hidden: int, tied: bool) -> tuple[Embedding, Head]:
-        """Embedding and head. Neither is ever quantized."""
-        names = {True: "model.embed_tokens.weight", False: "lm_head.weight"}
-        table, head = self.parallel.embedding.group, self.parallel.head
-        part, head_part = share_padded(vocab_size, table), share_padded(vocab_size, head.group)
-        table_VE = self.checkpoint.tensor(names[True], vocab_size, hidden)[part].clone()
-        head_VE = table_VE
-        if not tied or head_part != part:
-            head_VE = self.checkpoint.tensor(names[tied], vocab_size, hidden)[head_part].clone()
-        return Embedding(table_VE, part.start, table), Head(make_linear(head_VE), vocab_size, head)
+    def cache_layer(self, layer: int, num_layers: int) -> int:
+        """Number of a layer in this rank's pages, of its number in the model."""
+        return layer - self.parallel.stage.layers(num_layers).start
+
+    def embedding(self, vocab_size: int, hidden: int) -> Embedding:
+        """The table, which is never quantized."""
+        group = self.parallel.embedding.group
+        part = share_padded(vocab_size, group)
+        table_VE = self.checkpoint.tensor("model.embed_tokens.weight", vocab_size, hidden)[part].clone()
+        return Embedding(table_VE, part.start, group)
+
+    def head(self, vocab_size: int, hidden: int, tied: bool) -> Head:
+        """What makes logits, which is never quantized; `tied` to the embedding's table."""
+        name, sharing = "model.embed_tokens" if tied else "lm_head", self.parallel.head
+        part = share_padded(vocab_size, sharing.group)
+        weight_VE = self.checkpoint.tensor(f"{name}.weight", vocab_size, hidden)[part].clone()
+        return Head(make_linear(weight_VE), vocab_size, sharing)
 
 
 def mlp_names(prefix: str) -> tuple[str, str, str]:

@@ -42,6 +42,10 @@ class ExpertDispatch(Protocol):
         """
         ...
 
+    def begin_step(self, most_tokens: int) -> None:
+        """Say how many tokens the rank with the most has in the step that follows."""
+        ...
+
 
 @dataclass
 class Received:

@@ -1,4 +1,4 @@
-"""The two modes of dispatch between ranks that have tokens of their own, on any buffer.
+"""The two modes of dispatch between ranks that have tokens of their own, on any buffer; and tokens that several have.
 
 Shape suffixes: see `base`.
 """
@@ -6,9 +6,11 @@ Shape suffixes: see `base`.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
-from common.dist.dispatch.base import ExpertBuffer, OwnedExperts
+from common.dist.dispatch.base import ExpertBuffer, ExpertDispatch, OwnedExperts
 from common.dist.dispatch.replicated import owned_sums
+from common.dist.group import Group
 
 
 class NormalDispatch:
@@ -23,6 +25,9 @@ class NormalDispatch:
         received = self.buffer.dispatch(x_TE, expert_TK, weight_TK)
         sums_ME = owned_sums(received.x_ME, received.expert_MK, received.weight_MK, experts)
         return self.buffer.combine(sums_ME, received.handle)
+
+    def begin_step(self, most_tokens: int) -> None:
+        """The ranks tell each other in every layer."""
 
 
 class LowLatencyDispatch:
@@ -39,7 +44,7 @@ class LowLatencyDispatch:
         self.rounds = 1
 
     def begin_step(self, most_tokens: int) -> None:
-        """Say how many tokens the rank with the most has in the step that follows."""
+        """See `base.ExpertDispatch.begin_step`."""
         self.rounds = max(1, -(-most_tokens // self.buffer.max_tokens))
 
     def __call__(
@@ -62,3 +67,29 @@ class LowLatencyDispatch:
         y_LSE = torch.zeros_like(x_LSE)
         y_LSE[filled_LS] = experts(x_LSE[filled_LS], count_L.tolist())
         return self.buffer.combine_fixed(y_LSE, expert_TK, weight_TK, received.handle)
+
+
+class SplitDispatch:
+    """For ranks that have the same tokens, because they share their attention: each dispatches a part of them.
+
+    See `base.ExpertDispatch`.
+    """
+
+    def __init__(self, dispatch: ExpertDispatch, group: Group) -> None:
+        """`dispatch` is between all ranks, `group` this rank's with the same tokens."""
+        self.dispatch = dispatch
+        self.group = group
+
+    def begin_step(self, most_tokens: int) -> None:
+        """See `base.ExpertDispatch.begin_step`."""
+        self.dispatch.begin_step(-(-most_tokens // self.group.size))
+
+    def __call__(
+        self, x_TE: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor, experts: OwnedExperts
+    ) -> torch.Tensor:
+        tokens, hidden = x_TE.shape
+        most = -(-tokens // self.group.size)
+        part = slice(self.group.rank * most, (self.group.rank + 1) * most)
+        y_TE = self.dispatch(x_TE[part], expert_TK[part], weight_TK[part], experts)
+        rows_TE = F.pad(y_TE, (0, 0, 0, most - len(y_TE)))
+        return self.group.all_gather(rows_TE.flatten()[None]).view(most * self.group.size, hidden)[:tokens]

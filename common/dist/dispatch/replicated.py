@@ -25,6 +25,9 @@ class ReplicatedDispatch:
     ) -> torch.Tensor:
         return self.group.all_reduce(owned_sums(x_TE, expert_TK, weight_TK, experts))
 
+    def begin_step(self, most_tokens: int) -> None:
+        """All ranks have the same tokens: there is nothing to agree on."""
+
 
 def owned_sums(
     x_TE: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor, experts: OwnedExperts
