@@ -62,12 +62,16 @@ class EmulatedRunner:
         self.fingerprint = fingerprint(config, model_config)
         self._seed = config.random_seed
         self._times = times
+        self._timeless = times == Times()
         self._clock = clock
         self._ends_at: float | None = None  # of the step under way
         self._ended_at = -math.inf
 
     def step(self, spans: Seq[Span]) -> Sampled | float:
         """See `Runner.step`."""
+        sampling = [span.sequence for span in spans if span.sample]
+        if self._timeless:
+            return self._sample(sampling)
         now = self._clock()
         if self._ends_at is None:
             begins_at = self._ended_at if now - self._ended_at < SLIP_S else now
@@ -75,34 +79,37 @@ class EmulatedRunner:
         if self._ends_at > now:
             return self._ends_at - now
         self._ended_at, self._ends_at = self._ends_at, None
-        return self._sample([span.sequence for span in spans if span.sample])
+        return self._sample(sampling)
 
     def read_page(self, page: int) -> memoryview:
         """Nothing: its pages have no memory."""
         return memoryview(b"")
 
     def _sample(self, sequences: Seq[Sequence]) -> Sampled:
-        if not sequences:
-            return Sampled([], [], [])
+        sampled = Sampled([], [], [])
+        for sequence, number in zip(sequences, self._draw(sequences), strict=True):
+            token = self._allowed(int(number * self.vocab_size), sequence)
+            sampled.token_ids.append(token)
+            sampled.logprobs.append(self._logprobs(token, sequence))
+        return sampled
+
+    def _draw(self, sequences: Seq[Sequence]) -> list[float]:
+        """A number from 0 to 1 for each."""
         seeds = [self._seed if sequence.is_greedy else sequence.sampling.seed for sequence in sequences]
-        positions = [sequence.num_tokens for sequence in sequences]
         if len(sequences) <= FEW:
-            drawn = [uniform(seed, position) for seed, position in zip(seeds, positions, strict=True)]
-        else:
-            drawn = uniforms(seeds, positions).tolist()
-        pairs = zip(drawn, sequences, strict=True)
-        token_ids = [self._allowed(int(number * self.vocab_size), sequence) for number, sequence in pairs]
-        logprobs = [self._logprobs(token, seq) for token, seq in zip(token_ids, sequences, strict=True)]
-        return Sampled(token_ids, logprobs, [])
+            return [uniform(seed, sequence.num_tokens) for seed, sequence in zip(seeds, sequences, strict=True)]
+        drawn: list[float] = uniforms(seeds, [sequence.num_tokens for sequence in sequences]).tolist()
+        return drawn
 
     def _allowed(self, token: int, sequence: Sequence) -> int:
         """`token`, or the next one that may be chosen here."""
         early = len(sequence.output_ids) < sequence.sampling.min_new_tokens
         masked = sequence.masked_ids if early else self.eos_token_ids
-        for _ in masked:
-            if token not in masked:
-                break
-            token = (token + 1) % self.vocab_size
+        if token in masked:
+            for _ in masked:
+                token = (token + 1) % self.vocab_size
+                if token not in masked:
+                    break
         return token
 
     def _logprobs(self, token: int, sequence: Sequence) -> TokenLogprobs | None:

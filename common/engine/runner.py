@@ -87,11 +87,11 @@ class ModelRunner:
         with torch.inference_mode(), Checkpoint(folder, TORCH_DTYPE[dtype], device, quantization) as checkpoint:
             model = load_model(model_config, checkpoint, context_length, parallel)
             fingerprint = checkpoint.fingerprint(model_config)
-        ranks = parallel.attention.group.size
+        ranks, layers = parallel.attention.group.size, parallel.stage.layers(model_config.num_hidden_layers)
         return cls(
             model,
             model_config,
-            kv_layout(model_config, dtype, config.page_size, ranks),
+            kv_layout(model_config, dtype, config.page_size, ranks, len(layers)),
             context_length,
             str(folder),
             fingerprint,
@@ -126,11 +126,18 @@ class ModelRunner:
 
         Returns float32 logits `[S, vocab_size]`, one row per chunk with `sample`, in the order of `chunks`.
         """
+        return self.run_stage(chunks).float()
+
+    @torch.inference_mode()
+    def run_stage(self, chunks: Sequence[Chunk], stream_TE: torch.Tensor | None = None) -> torch.Tensor:
+        """Like `run`, for one stage of a pipeline: later ones are given the stream that the one before returned."""
         if self.attention is None:
             raise RuntimeError("run before attach_pool")
         batch = make_batch(chunks, self.device)
         plan = self.attention.plan(batch.spans)
-        return self.model(batch.token_ids_T, batch.positions_T, plan, batch.wanted_S).float()
+        return self.model(
+            batch.token_ids_T if stream_TE is None else stream_TE, batch.positions_T, plan, batch.wanted_S
+        )
 
 
 def run_and_sample(run: Callable[[Sequence[Chunk]], torch.Tensor], spans: Sequence[Span]) -> Sampled:
