@@ -2,8 +2,8 @@
 
 The pool of a rank is a memfd whose size is sealed. A peer that connects over the control channel (an abstract
 AF_UNIX socket, of the same user and in the same network namespace) is handed its descriptor, maps it, and
-copies, with as many workers as the sender pool has, without the GIL. Nothing has a name in a file system, so nothing is left behind,
-however a process ends.
+copies, with as many workers as the sender pool has, without the GIL. Nothing has a name in a file system, so nothing
+is left behind, however a process ends.
 
 Fencing: a mapping cannot be revoked, so a writer is fenced off when its process has ended, or has closed the
 connection after unmapping the pool. A stopped process keeps its connection and its mapping: its pages stay in

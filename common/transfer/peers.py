@@ -102,13 +102,13 @@ class Target:
     descriptor: Descriptor
     session: Session | None = None
     why: str = ""
-    interval_s: float = PROBE_FIRST_S
+    interval_s: float = 0.0
     probe_at: float = 0.0
     down_since: float = 0.0
 
     def recovered(self) -> None:
         """It is well: the next time that it is lost it is probed soon."""
-        self.interval_s = PROBE_FIRST_S
+        self.interval_s = 0.0
 
 
 class Host(Protocol):
@@ -282,5 +282,5 @@ def _down(target: Target, why: str, now: float) -> None:
     if not target.why:
         target.down_since = now
     target.why = why
+    target.interval_s = min(max(2 * target.interval_s, PROBE_FIRST_S), PROBE_MOST_S)
     target.probe_at = now + target.interval_s * random.uniform(0.75, 1.25)
-    target.interval_s = min(target.interval_s * 2, PROBE_MOST_S)

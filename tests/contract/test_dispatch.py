@@ -16,7 +16,7 @@ from common.dist.dispatch.modes import LowLatencyDispatch, NormalDispatch
 from common.dist.dispatch.torch import TorchBuffer
 from common.dist.group import ALONE
 from common.layers.moe import Experts
-from tests.thread_group import ThreadGroup, run_threads
+from tests.thread_group import ThreadGroup, World, run_threads
 
 pytestmark = pytest.mark.contract
 
@@ -140,7 +140,7 @@ def test_too_many_tokens_are_refused_not_overflowed() -> None:
         with pytest.raises(ValueError, match="between 1 and 1024"):
             TorchBuffer(ALONE, EXPERTS, wrong)
     with pytest.raises(ValueError, match="cannot own 9 experts"):
-        TorchBuffer(ThreadGroup(0, 2, [], None), 9)  # type: ignore[arg-type]
+        TorchBuffer(ThreadGroup(0, 2, World()), 9)
 
 
 @pytest.mark.parametrize("mode", ["normal", "low-latency"])
