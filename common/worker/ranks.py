@@ -38,6 +38,9 @@ ForRank = StartSequence | AbortSequence | RoomReserved | RoomEnded | RoomRelease
 
 PREFIX = "pdmesh-rank-"  # of the folder in which front and rank meet
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# How long OpenMP's threads look for each other before they sleep; its default of 300,000 is milliseconds. Measured:
+# 3 % of a step slower where cores are idle, ten times as fast where another process wants one of them.
+SPIN = {"GOMP_SPINCOUNT": "5000"}
 MAX_FOLDER_LENGTH = 60  # of the temporary folder; a Unix socket's whole path has at most 107 characters
 DRAIN_S = 0.1  # for the last messages of a process that has exited; they are in the kernel already
 TERMINATE_S = 2.0  # from SIGTERM to SIGKILL
@@ -49,12 +52,14 @@ def rank_environment(
     """A rank's environment: `cpu_threads` for its kernels, or what the user's OMP_NUM_THREADS says, or its share.
 
     The share is that of one among `sharing` ranks on this machine's usable cores, at least 1. More threads than
-    idle cores cost far more than they give: an OpenMP team waits for its slowest thread.
+    idle cores cost far more than they give: an OpenMP team waits for its slowest thread. It does not spin for long,
+    unless the user's OMP_WAIT_POLICY or GOMP_SPINCOUNT say so.
     """
+    defaults = {} if "OMP_WAIT_POLICY" in environ else SPIN
     if cpu_threads is None and "OMP_NUM_THREADS" in environ:
-        return dict(environ)
+        return {**defaults, **environ}
     threads = cpu_threads or max(1, len(os.sched_getaffinity(0)) // sharing)
-    return {**environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
+    return {**defaults, **environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
 
 
 class RankLink(Protocol):

@@ -1,7 +1,4 @@
-"""What a worker's hand-overs took, on its metrics page; by backend, for the writer knows it.
-
-Totals are the histograms' sums and counts.
-"""
+"""What a worker's hand-overs took, on its metrics page; the histograms' sums and counts are the totals."""
 
 from __future__ import annotations
 
@@ -57,12 +54,12 @@ def publish(message: Prefilled | RoomQuiet | RoomTransferred) -> None:
     if isinstance(message, RoomTransferred):
         of.received.inc(stats.nbytes)
         return
-    of.nbytes.observe(stats.nbytes)
-    of.descriptors.observe(stats.descriptors)
-    if isinstance(message, RoomQuiet):  # it failed: its times say nothing of the others'
+    if isinstance(message, RoomQuiet):  # the room failed: its figures say nothing of the others'
         of.failed.inc()
         return
     of.done.inc()
+    of.nbytes.observe(stats.nbytes)
+    of.descriptors.observe(stats.descriptors)
     of.writing.observe(stats.seconds)
     of.queued.observe(stats.queued_s)
     of.hidden.observe(stats.hidden_s)
