@@ -143,6 +143,12 @@ class RouterSession(Replicas["RouterLink"]):
             shard = shard_of_request(request_id, self.owners.shards)
             self._send_to_owner(shard, pb.RouterEvent(request_failed=failed), hurry=True)
 
+    def request_queued(self, request_id: str, why: str) -> None:
+        """Tell bootstrap that a request waits here, so that it can be explained."""
+        if owner := self.owners.of_request(request_id):
+            queued = pb.RequestQueued(request_id=request_id, message=why)
+            owner.outbox.put_at_leisure(pb.RouterEvent(request_queued=queued))
+
     def lost(self, error: MeshError) -> None:
         """A session broke. For those who want to know; the view and the rooms are kept."""
 

@@ -123,9 +123,13 @@ def explain_request(control: ControlPlane, request_id: str) -> pb.ExplainRespons
         journal.failure_of(request_id),
     )
     if not entries and not refusals and failure is None:
+        if queued := journal.queued_of(request_id):
+            ago = seconds(control.now() - queued.at)
+            waited = f"It waited in a router's queue {ago} ago, and got no room since: {queued.message}."
+            return pb.ExplainResponse(summary=waited)
         shard = shard_of_request(request_id, control.shards.count)
         message = (
-            f"no room or failure of request {request_id!r} is remembered: it waits in a router's queue, "
+            f"no room or failure of request {request_id!r} is remembered: it has just come to a router's queue, "
             f"was never heard of, or is older than --room-history or than this bootstrap, which began "
             f"{seconds(control.now() - control.began_at)} ago{elsewhere(control, shard)}"
         )

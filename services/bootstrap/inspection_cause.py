@@ -336,4 +336,4 @@ def plural(count: int, noun: str) -> str:
 
 def capital(text: str) -> str:
     """Sentences begin with a capital, but a worker's name stays as it is."""
-    return f"{text[0].upper()}{text[1:]}" if text.startswith(("the ", "replica ", "an earlier ")) else text
+    return f"{text[0].upper()}{text[1:]}" if text.startswith(("the ", "replica ", "its ")) else text

@@ -84,6 +84,8 @@ class BootstrapServicer(pb_grpc.BootstrapServiceServicer):
                             control.rooms.close(ticket_from(event.close.ticket), event.close.message)
                         case "request_failed":
                             control.journal.request_failed(event.request_failed)
+                        case "request_queued":
+                            control.journal.request_queued(event.request_queued)
             await asyncio.sleep(CANCEL_S)
             broke = False
 

@@ -115,6 +115,13 @@ class Failure(NamedTuple):
     decodes: tuple[tuple[str, Figures], ...]  # decode workers at that time
 
 
+class Queued(NamedTuple):
+    """A request that waits at a router, and what for."""
+
+    at: float
+    message: str
+
+
 class Loss(NamedTuple):
     """The end of a worker's life."""
 
@@ -157,6 +164,7 @@ class Journal:
         self._watchers: list[tuple[pb.WatchRoomsRequest, Watcher]] = []
         self._refused: OrderedDict[str, list[Refused]] = OrderedDict()
         self._failures: OrderedDict[str, Failure] = OrderedDict()
+        self._queued: OrderedDict[str, Queued] = OrderedDict()
         self._losses: OrderedDict[str, deque[Loss]] = OrderedDict()
         self._takeovers: dict[int, Takeover] = {}
         self._outages: deque[Outage] = deque(maxlen=MAX_LOSSES)
@@ -203,11 +211,9 @@ class Journal:
         """A room came with its router, for the store did not have it. `epoch` is that of its owner from now on."""
         ticket = entry.room.ticket
         if taken := self._takeovers.get(shard_of_room(ticket.room_id)):
-            words = f"{taken.words}, who had not written the room to the store yet; its router brought it back"
+            words = f"{taken.words}, who had not written of the room to the store yet; its router brought it"
         else:
-            words = (
-                f"an earlier bootstrap had opened it in epoch {ticket.epoch}; its router brought it to epoch {epoch}"
-            )
+            words = f"its router brought it from an earlier bootstrap, of epoch {ticket.epoch}, to this one, of {epoch}"
         self.note(entry, RESTORED, ROUTER, message=words)
 
     def refused(self, wanted: pb.OpenRoom, reason: str, message: str) -> None:
@@ -221,6 +227,11 @@ class Journal:
         failure = Failure(self._now(), failed.reason, failed.message, self._decodes())
         self._failures.pop(failed.request_id, None)
         bounded(self._failures, failed.request_id, lambda: failure, self._history)
+
+    def request_queued(self, queued: pb.RequestQueued) -> None:
+        """A router tells that a request waits for a room; the first word counts."""
+        waiting = Queued(self._now(), queued.message)
+        bounded(self._queued, queued.request_id, lambda: waiting, self._history)
 
     def worker_lost(self, worker_id: str, message: str) -> None:
         """A worker's life ended."""
@@ -246,6 +257,9 @@ class Journal:
 
     def refusals_of(self, request_id: str) -> list[Refused]:
         return self._refused.get(request_id, [])
+
+    def queued_of(self, request_id: str) -> Queued | None:
+        return self._queued.get(request_id)
 
     def failure_of(self, request_id: str) -> Failure | None:
         return self._failures.get(request_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from common.errors.base import MeshError, Reason
@@ -19,6 +19,7 @@ MOST_PASSES = 32  # of smaller sequences before one that does not fit
 LOOK_AHEAD = 128  # sequences that do not fit, looked at to find one that does
 LEAST_PATIENCE_S = 1.0  # with rooms that several routers opened for the same credit
 LONGEST_RETRY_S = 60.0
+TOLD_AFTER_S = 0.25  # of waiting: then somebody may want to know why
 RATE_WINDOW = 64  # admissions from which the time until a place is free is estimated
 
 
@@ -68,8 +69,11 @@ class Admission:
 
     At most `max_running` requests have sequences that were admitted. At most `max_queued` have none yet: further
     ones are refused. A sequence that has been admitted before is never refused for want of room: it waits until
-    its request's deadline, as long as there are workers.
+    its request's deadline, as long as there are workers. `on_wait` is told of a request that has waited for a moment,
+    and what for.
     """
+
+    on_wait: Callable[[str, str], None] | None = None
 
     def __init__(self, pool: WorkerPool, max_running: int, max_queued: int, queue_timeout_s: float) -> None:
         self._pool = pool
@@ -218,7 +222,11 @@ class Admission:
 
     async def _wait(self, waiter: Waiter) -> Route:
         if not self._has_begun(waiter):
-            await asyncio.wait((waiter.route,), timeout=self._queue_timeout_s)
+            told_after_s = min(TOLD_AFTER_S, self._queue_timeout_s)
+            await asyncio.wait((waiter.route,), timeout=told_after_s)
+            if not waiter.route.done():
+                self._tell(waiter)
+                await asyncio.wait((waiter.route,), timeout=self._queue_timeout_s - told_after_s)
             if not waiter.route.done() and not self._has_begun(waiter):
                 raise self._overloaded(f"decode had no room within {self._queue_timeout_s:g} s")
         while not waiter.route.done():
@@ -226,6 +234,13 @@ class Admission:
             if not waiter.route.done() and not self._pool.decodes(waiter.need.group):
                 raise self._no_worker(waiter.need.group)
         return waiter.route.result()
+
+    def _tell(self, waiter: Waiter) -> None:
+        if self.on_wait:
+            full = len(self._running) >= self._max_running
+            lacks = f"all {self._max_running} places are taken" if full else "decode has no credit for it"
+            what = f"{lacks}, with {waiter.need.tokens} tokens known and up to {waiter.need.remaining} to come"
+            self.on_wait(waiter.request.request_id, f"{what}; {self.queued} requests wait there")
 
     def _has_begun(self, waiter: Waiter) -> bool:
         """Whether something of its request was admitted before."""

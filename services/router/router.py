@@ -59,6 +59,7 @@ class Router:
             self.pool, config.max_concurrent_requests, config.max_queued_requests, config.queue_timeout
         )
         self.pool.on_credit = self._admission.admit
+        self._admission.on_wait = self.session.request_queued
         self._requests: dict[str, Generation] = {}
         self._idle = asyncio.Event()
         self._idle.set()
