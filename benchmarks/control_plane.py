@@ -5,9 +5,9 @@
 Bootstrap is a process of its own; this process is all of its routers and workers, over real gRPC sessions. A room is
 opened, reserved by decode, pushed to prefill, transferring, transferred, closed. The first part keeps so many rooms in
 flight and counts. The second opens rooms at a steady rate, at random times, and measures what a request waits for:
-from the wish to open a room to its ticket, and from decode's reservation to prefill's knowing it. Beside them stand
-the floors of the same run: a message to another Python process and back on an open gRPC stream (a request pays about
-two of these), and one put to etcd. `rooms per CPU second` is bootstrap's own: what one core would carry;
+from the wish to open a room to its ticket, which the router makes itself, and from decode's reservation, sent at once,
+to prefill's knowing it. Beside them stand the floors of the same run: a message to another Python process and back on
+an open gRPC stream (a request pays about one of these), and one put to etcd. `rooms per CPU second` is bootstrap's own: what one core would carry;
 `unwritten` is how many records waited for the store at the end of the first part.
 """
 
@@ -106,7 +106,7 @@ class Mesh:
             max_new_tokens=128,
         )
         began = clock()
-        ticket = await self.router.open_room(wanted, 30.0)
+        ticket = self.router.begin_room(wanted) or await self.router.open_room(wanted, 30.0)
         figures.open_s.append(clock() - began)
         pushed = self._pushed[ticket.room_id] = loop.create_future()
         over = self._over[ticket.room_id] = loop.create_future()

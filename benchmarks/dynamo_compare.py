@@ -64,6 +64,7 @@ def our_mesh(flags: list[str]) -> Iterator[Target]:
     with tempfile.TemporaryDirectory() as folder:
         status = Path(folder, "status.json")
         emulated = ["--engine", "emulated", "--emulated-preset", "zero", "--log-level", "warning"]
+        emulated += ["--max-running-requests", "256"]  # as many as Dynamo's mocker runs at once by default
         ports = ["--port", "0", "--grpc-port", "0", "--bootstrap-port", "0", "--status-file", str(status)]
         command = [sys.executable, "-m", "common.cli.main", "up", *ports, *emulated, *flags]
         mesh = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)

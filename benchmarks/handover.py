@@ -103,7 +103,7 @@ def measure(backend: str, rounds: int, tokens: int, threads: int) -> dict[str, o
 
 def table(rows: list[dict[str, object]]) -> str:
     lines = [
-        "| | pages | descriptors | ours | GiB/s | bare engine | ratio | CPU ours | CPU bare | our share (best, median) |",
+        "| | pages | pieces | ours | GiB/s | bare engine | ratio | CPU ours | CPU bare | our share: best, median |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
