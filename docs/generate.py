@@ -1,6 +1,6 @@
-"""Writes the tables of docs/rooms.md and docs/settings.md from the code, or checks that they are fresh (--check).
+"""Writes the tables of docs/{metrics,rooms,settings}.md from the code, or checks that they are fresh (--check).
 
-What stands in the two files above the line GENERATED is written by hand and kept.
+What stands in these files above the line GENERATED is written by hand and kept.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+
+from prometheus_client.metrics import MetricWrapperBase
 
 from common.cli.abort import AbortConfig
 from common.cli.console import ConsoleConfig
@@ -25,8 +28,12 @@ from common.errors.base import Reason
 from common.mesh import room as machine
 from common.mesh.room import Room, State, Transition
 from common.mesh.ticket import Ticket
+from common.rpc import server
+from common.worker import arrival_metrics, audit_metrics, front, transfer_metrics
 from common.worker.config import WorkerConfig
+from services.bootstrap import metrics as bootstrap_metrics
 from services.bootstrap.config import BootstrapProcessConfig
+from services.router import metrics as router_metrics
 from services.router.config import RouterProcessConfig
 
 DOCS = Path(__file__).resolve().parent
@@ -214,9 +221,37 @@ def detail(event: str, transition: Transition) -> str:
     return f"| {event} | {title(transition.room)} | {effects} | {refused} |"
 
 
+# ------------------------------------------------------------------------------------------ metrics
+
+METRICS: dict[str, tuple[ModuleType, ...]] = {
+    "A worker's hand-overs": (transfer_metrics, arrival_metrics),
+    "A worker's sequences and pages": (front, audit_metrics),
+    "The router": (router_metrics,),
+    "Bootstrap": (bootstrap_metrics,),
+    "Every process": (server,),
+}
+
+
+def metrics() -> str:
+    """One table for each kind of process, or part of it."""
+    lines: list[str] = []
+    for title, modules in METRICS.items():
+        lines += [f"## {title}", "", "| metric | type | labels | meaning |", "|---|---|---|---|"]
+        found = [value for module in modules for value in vars(module).values() if isinstance(value, MetricWrapperBase)]
+        lines += [*map(metric, found), ""]
+    return "\n".join(lines).removesuffix("\n")
+
+
+def metric(made: MetricWrapperBase) -> str:
+    (family,) = made.describe()
+    name = f"{family.name}_total" if family.type == "counter" else family.name
+    labels = ", ".join(f"`{label}`" for label in made._labelnames)
+    return f"| `{name}` | {family.type} | {labels} | {family.documentation} |"
+
+
 # ------------------------------------------------------------------------------------------ files
 
-FILES = {"rooms.md": rooms, "settings.md": settings}
+FILES = {"metrics.md": metrics, "rooms.md": rooms, "settings.md": settings}
 
 
 def fresh(name: str) -> str:

@@ -8,6 +8,7 @@ what a network may do.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import subprocess
@@ -17,9 +18,10 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
+import structlog
 import zmq
 
 from common.engine.messages import Ledger, Load
@@ -172,7 +174,8 @@ class Unreliable:
 
 
 def build(start: RankStart, waker: Waker) -> Rank:
-    """What a child runs; the config is a `Setting`."""
+    """What a child runs; the config is a `Setting`. It is silent: thousands of its rooms fail."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     rank, _ = make(start.config_as(Setting), waker)
     return rank
 
@@ -371,12 +374,6 @@ class Child(Party):
         assert self.process.wait(PATIENCE_S) == 0
         self.socket.close()
         self._context.term()
-
-
-class Made(Protocol):
-    """What makes parties of a test: `Child`, or `Here` with the test's waker."""
-
-    def __call__(self, setting: Setting) -> Here | Child: ...
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from safetensors.torch import save_file
 
 from common.dist.dispatch.modes import LowLatencyDispatch, NormalDispatch
 from common.dist.dispatch.torch import TorchBuffer
-from common.dist.group import ALONE, Group, join_group, leave_group
+from common.dist.group import Group, join_group, leave_group
 from common.dist.layout import Layout, make_parallel
 from common.dist.parallel import Parallel
 from common.engine.config import EngineConfig
@@ -75,7 +73,7 @@ def data_parallel(group: Group, job: Job) -> torch.Tensor:
     if isinstance(dispatch, LowLatencyDispatch):
         dispatch.begin_step(CHUNK)
     layout = Layout(group.size, group.size, group.size, moe_dense_tp_size=1, dp_lm_head=True)
-    runner = load(job, make_parallel(layout, partial(choose, group), dispatch))
+    runner = load(job, make_parallel(layout, group, dispatch))
     steps = max(-(-len(prompt) // CHUNK) + len(ids) for prompt, ids in zip(job.prompts, job.following, strict=True))
     prompt, ids = job.prompts[group.rank], job.following[group.rank]
     known, pages, computed, rows = prompt + ids, list(range(PAGES))[::-1], 0, []
@@ -86,11 +84,6 @@ def data_parallel(group: Group, job: Job) -> torch.Tensor:
         rows.append(runner.run(mine))
         computed += len(chunk)
     return torch.cat(rows)
-
-
-def choose(group: Group, ranks: Sequence[Sequence[int]]) -> Group:
-    """This rank's group, as there are but two sorts here: everybody's, and those of one rank."""
-    return group if len(ranks) == 1 else ALONE
 
 
 def exchanges(group: Group) -> dict[str, torch.Tensor]:
@@ -112,7 +105,7 @@ def main(folder: Path, rank: int, size: int) -> None:
             results[job.name] = data_parallel(group, job)
             continue
         layout = Layout(group.size, ep_size=group.size if job.own_experts else 1)
-        runner = load(job, make_parallel(layout, partial(choose, group)))
+        runner = load(job, make_parallel(layout, group))
         results[job.name] = logits(runner, job)
         results[f"{job.name} kv heads"] = torch.tensor(runner.layout.num_kv_heads)
     leave_group()

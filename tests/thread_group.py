@@ -1,10 +1,10 @@
-"""Ranks as threads of one process: a `Group` without processes, to try what stands on one with many shapes."""
+"""Ranks as threads of one process: groups without processes, to try what stands on them in many shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, Lock
 from typing import Any, TypeVar
 
 import torch
@@ -13,20 +13,53 @@ T = TypeVar("T")
 WAIT_S = 30.0  # for the others; then the test fails
 
 
+class Meeting:
+    """Where some ranks meet."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = Barrier(size)
+        self.slots: list[Any] = [None] * size
+
+
+class World:
+    """All meetings of some ranks; aborted together."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.meetings: dict[tuple[Any, ...], Meeting] = {}
+
+    def meeting(self, key: tuple[Any, ...], size: int) -> Meeting:
+        with self.lock:
+            return self.meetings.setdefault(key, Meeting(size))
+
+    def abort(self) -> None:
+        with self.lock:
+            for meeting in self.meetings.values():
+                meeting.barrier.abort()
+
+
 class ThreadGroup:
     """See `common.dist.group.Group`. Shapes that disagree between ranks are caught."""
 
-    def __init__(self, rank: int, size: int, slots: list[Any], barrier: Barrier) -> None:
+    def __init__(self, rank: int, size: int, world: World, key: tuple[Any, ...] = ()) -> None:
         self.rank = rank
         self.size = size
-        self.slots = slots
-        self.barrier = barrier
+        self.world = world
+        self.meeting = world.meeting(key, size)
+        self.subgroups = 0
+
+    def subgroup(self, ranks: Sequence[Sequence[int]]) -> ThreadGroup:
+        """This rank's group of some that no two share a rank of."""
+        self.subgroups += 1
+        mine = next(tuple(some) for some in ranks if self.rank in some)
+        return ThreadGroup(mine.index(self.rank), len(mine), self.world, (self.subgroups, mine))
 
     def everybodys(self, mine: Any) -> list[Any]:
-        self.slots[self.rank] = mine
-        self.barrier.wait(WAIT_S)
-        everybodys = list(self.slots)
-        self.barrier.wait(WAIT_S)
+        slots, barrier = self.meeting.slots, self.meeting.barrier
+        slots[self.rank] = mine
+        barrier.wait(WAIT_S)
+        everybodys = list(slots)
+        barrier.wait(WAIT_S)
         return everybodys
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -44,19 +77,18 @@ class ThreadGroup:
 
 def run_threads(size: int, rank_main: Callable[[ThreadGroup], T]) -> list[T]:
     """What `rank_main` returns on each of `size` ranks. If one raises, all end, and the first error is raised."""
-    barrier, slots = Barrier(size), [None] * size
+    world = World()
 
     def run(rank: int) -> T:
         try:
-            return rank_main(ThreadGroup(rank, size, slots, barrier))
+            return rank_main(ThreadGroup(rank, size, world))
         except BaseException:
-            barrier.abort()
+            world.abort()
             raise
 
     with ThreadPoolExecutor(size) as pool:
         futures = [pool.submit(run, rank) for rank in range(size)]
         errors = [error for future in futures if (error := future.exception())]
-    for error in errors:
-        if type(error).__name__ != "BrokenBarrierError":
-            raise error
+    for error in sorted(errors, key=lambda error: type(error).__name__ == "BrokenBarrierError"):
+        raise error
     return [future.result() for future in futures]

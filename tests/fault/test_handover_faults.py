@@ -24,7 +24,12 @@ from tests.handover_parties import Child, Here, Rates, Setting
 from tests.handover_world import FAULTS, Member, World
 
 # A wrong byte in one of a hundred runs is a wrong byte: nothing here is tried again.
-pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.flaky(reruns=0)]
+pytestmark = [
+    pytest.mark.fault,
+    pytest.mark.slow,
+    pytest.mark.flaky(reruns=0),
+    pytest.mark.timeout(3600 if SOAK else 300),
+]
 
 RATES = Rates(refuse=0.01, fail=0.02, slow=0.05, mute=0.01, drop=0.02, hold=0.1, repeat=0.1)
 BACKENDS = [name for name in registry.NAMES if name != "emulated"]
@@ -57,6 +62,7 @@ class Run:
     checksum: str = "off"
     rates: Rates = RATES
     rate: float = 0.5
+    faults: dict[str, int] = field(default_factory=lambda: FAULTS)
     idle_step_s: float = 0.2
     tickets: bool = True
     seed: int = field(default_factory=lambda: int(os.environ.get("PDMESH_SEED", 0)) or secrets.randbelow(1 << 30))
@@ -75,6 +81,7 @@ class Run:
             decode,
             self.waker,
             rate=self.rate,
+            faults=self.faults,
             tickets=self.tickets,
             idle_step_s=self.idle_step_s,
         )
@@ -107,9 +114,11 @@ def test_no_wrong_byte_and_no_page_lost(waker: Waker) -> None:
 def test_with_processes_that_are_killed(waker: Waker, backend: str) -> None:
     if reason := registry.available()[backend]:
         pytest.skip(reason)
-    count = {"local": 2_000, "nixl": 1_000, "mooncake": 500} if SOAK else {"local": 300, "nixl": 40, "mooncake": 60}
+    count = {"local": 2_000, "nixl": 1_000, "mooncake": 500} if SOAK else {"local": 300, "nixl": 40, "mooncake": 40}
     idle_step_s = 0.2 if backend == "local" else 0.01  # of an engine the first write takes up to a second
-    check(Run(waker, backend, count[backend], children=True, idle_step_s=idle_step_s).through())
+    faults = FAULTS | {"prefill killed": 30, "decode killed": 30}
+    run = Run(waker, backend, count[backend], children=True, rate=0.12, faults=faults, idle_step_s=idle_step_s)
+    check(run.through())
 
 
 def test_checksums_find_every_byte_that_flipped(waker: Waker) -> None:

@@ -6,6 +6,7 @@ once the next one has started.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import statistics
@@ -26,7 +27,12 @@ from tests.fault.cluster import SOAK
 from tests.handover_parties import Child, Rates, Setting
 from tests.handover_world import World
 
-pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.flaky(reruns=0)]
+pytestmark = [
+    pytest.mark.fault,
+    pytest.mark.slow,
+    pytest.mark.flaky(reruns=0),
+    pytest.mark.timeout(3600 if SOAK else 300),
+]
 
 BACKENDS = [name for name in registry.NAMES if name != "emulated"]
 COUNT = {"local": 20_000, "mooncake": 4_000, "nixl": 4_000} if SOAK else {"local": 1_000, "mooncake": 0, "nixl": 0}
@@ -60,12 +66,24 @@ def held(pid: int) -> Held:
     )
 
 
-def in_file_systems() -> set[str]:
-    """Names that a transfer, or a front and its rank, might leave; and System V segments."""
-    names = {str(path) for path in Path("/dev/shm").iterdir()}
-    names |= {str(path) for path in Path("/tmp").glob("pdmesh-rank-*")}
-    segments = Path("/proc/sysvipc/shm").read_text().splitlines()[1:]
-    return names | {f"segment {line.split()[1]}" for line in segments}
+def named(pid: int) -> set[str]:
+    """Names in /dev/shm and /tmp of what a process has open or mapped: what would be left if it ended now."""
+    process = Path("/proc") / str(pid)
+    names = {line.split(maxsplit=5)[5] for line in (process / "maps").read_text().splitlines() if "/" in line}
+    for link in (process / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            names.add(os.readlink(link))
+    return {name for name in names if name.startswith(("/dev/shm", "/tmp")) and not name.endswith("(deleted)")}
+
+
+def segments_of(pids: set[int]) -> list[str]:
+    """System V segments that these processes made."""
+    lines = Path("/proc/sysvipc/shm").read_text().splitlines()[1:]
+    return [line for line in lines if int(line.split()[4]) in pids]
+
+
+def pids_of(world: World) -> set[int]:
+    return {member.process.pid for member in world.members if isinstance(member, Child)}
 
 
 @pytest.fixture
@@ -79,17 +97,18 @@ def waker() -> Iterator[Waker]:
 def test_nothing_grows(backend: str, waker: Waker) -> None:
     if (reason := registry.available()[backend]) or not COUNT[backend]:
         pytest.skip(reason or "only in the soak")
-    before = in_file_systems()
     prefill, decode = (
         Setting(role, backend, 0, checksum="sample", rates=Rates(repeat=0.05)) for role in ("prefill", "decode")
     )
     world = World(1, Child, prefill, decode, waker, parties=1, rate=0.1, faults=FAULTS, idle_step_s=0.05)
+    pids = pids_of(world)
     samples: list[dict[str, Held]] = []
     try:
         for part in range(1, SAMPLES + 1):
             world.run(part * COUNT[backend] // SAMPLES)
             samples.append({member.role: held(member.process.pid) for member in world.members})  # type: ignore[union-attr]
         assert world.wrong == []
+        assert set().union(*map(named, pids)) <= named(os.getpid()), "but for what they inherited"
     finally:
         world.close()
     for role in ("prefill", "decode"):
@@ -102,7 +121,7 @@ def test_nothing_grows(backend: str, waker: Waker) -> None:
         assert last.descriptors <= first.descriptors
         assert last.threads <= first.threads
         assert last.segments <= first.segments
-    wait_until(lambda: in_file_systems() <= before)
+    wait_until(lambda: segments_of(pids) == [])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -110,13 +129,14 @@ def test_a_killed_process_leaves_nothing(backend: str, waker: Waker) -> None:
     """Pools are anonymous, and what engines share is unlinked before it is used: the kernel takes all of it back."""
     if reason := registry.available()[backend]:
         pytest.skip(reason)
-    before = in_file_systems()
     settings = (Setting(role, backend, 0) for role in ("prefill", "decode"))
     world = World(1, Child, *settings, waker, parties=1, rate=0.0, idle_step_s=0.0)
     world.run(3)
+    pids = pids_of(world)
+    assert set().union(*map(named, pids)) <= named(os.getpid()), "but for what they inherited"
     for member in world.members:
         member.kill()
-    wait_until(lambda: in_file_systems() <= before)
+    wait_until(lambda: segments_of(pids) == [])
 
 
 FRONT = """

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 
 from common.errors.base import MeshError, Reason
@@ -143,6 +144,8 @@ async def test_workers_that_do_not_fit(mesh: Mesh) -> None:
     assert caught.value.reason is Reason.LAYOUT_MISMATCH
     said, reason = await mesh.explained("unfit", "No room was opened", where)
     assert reason == "LAYOUT_MISMATCH"
+    page = f"http://{mesh['router'].listening.http}/ready"
+    await until(lambda: "no two workers fit" in httpx.get(page).text)  # it has heard of both
     async with mesh.ask("unroutable", timeout_s=20) as asked:  # the router pairs none that do not fit
         assert await asked.failure() is grpc.StatusCode.UNAVAILABLE
         said, reason = await mesh.explained("unroutable", "no two workers fit each other", where)
@@ -152,13 +155,16 @@ async def test_workers_that_do_not_fit(mesh: Mesh) -> None:
 
 
 async def test_a_mesh_that_is_full(mesh: Mesh) -> None:
-    mesh.whole(decode=(*mesh.profile("slow", SLOW_DECODE), *TINY_POOL), router=("--queue-timeout", "0.5"))
+    mesh.whole(decode=(*mesh.profile("slow", SLOW_DECODE), *TINY_POOL), router=("--queue-timeout", "4"))
     await ready(mesh)
     async with mesh.ask("first", max_new_tokens=400) as first:
         await first.first_token()
         async with mesh.ask("refused", max_new_tokens=400) as refused:
+            await mesh.explained(
+                "refused", "waited in a router's queue", "decode has no credit for it", "up to 400 to come"
+            )
             assert await refused.failure() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        said, reason = await mesh.explained("refused", "decode had no room within 0.5 s", "of 32 pages of decode-0")
+        said, reason = await mesh.explained("refused", "decode had no room within 4 s", "of 32 pages of decode-0")
     assert reason == "OVERLOADED"
     assert "were in use by 1 sequence" in said
 

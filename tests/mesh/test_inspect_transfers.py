@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from pdmesh.v1 import prefill_service_pb2 as prefill_pb
 from pdmesh.v1 import prefill_service_pb2_grpc as prefill_grpc
 from pdmesh.v1 import types_pb2 as types
 from services.bootstrap.store.etcd_server import free_port
+from tests.mesh.harness import scrape
 from tests.mesh.inspected import BEATS, PATIENCE_S, PROMPT, Mesh, channel_to, opened, ready, until
 from tests.mesh.processes import services
 from tests.mesh.reflect import Refused
@@ -102,6 +104,31 @@ async def test_a_backend_that_refuses_a_write(mesh: Mesh) -> None:
     assert "after the room was opened" in said
 
 
+async def test_pages_that_are_not_what_was_sent(mesh: Mesh) -> None:
+    """Real engines: the pages are spoilt in decode's pool after they arrived and before decode looks at them."""
+    real = ("--engine", "torch", "--max-total-tokens", "512", "--kv-checksum", "full")
+    mesh.whole(prefill=real, decode=real)
+    await ready(mesh)
+    async with mesh.ask("first", max_new_tokens=3) as asked:  # to connect takes both
+        await asked.rest()
+    mesh["prefill-0"].signal(signal.SIGSTOP)
+    async with mesh.ask("spoilt", max_new_tokens=3) as asked:
+        await mesh.room("spoilt", "WAITING_FOR_INPUT")
+        mesh["decode-0"].signal(signal.SIGSTOP)
+        mesh["prefill-0"].signal(signal.SIGCONT)
+        written = 'pdmesh_transfer_rooms_total{backend="local",outcome="done"} 2.0'
+        await until(lambda: written in scrape(str(mesh["prefill-0"].listening.metrics)))
+        spoil_pool(mesh["decode-0"].process.pid)
+        mesh["decode-0"].signal(signal.SIGCONT)
+        await asked.rest()
+    said, reason = await mesh.explained("spoilt", "An earlier attempt had failed: decode-0 gave the room up")
+    assert reason == ""
+    assert said.startswith("The hand-over succeeded in")
+    assert "checksums differ from prefill's" in said
+    spoilt, _ = mesh.call("Explain", requestId="spoilt")["rooms"]
+    assert spoilt["reason"] == "CHECKSUM_MISMATCH"
+
+
 async def test_an_abort_while_the_writer_stands_still_in_the_middle_of_a_write(mesh: Mesh) -> None:
     mesh.whole(prefill=mesh.profile("long", LONG))
     await ready(mesh)
@@ -130,7 +157,7 @@ async def test_the_only_bootstrap_is_killed_under_a_transfer(mesh: Mesh) -> None
         mesh["bootstrap"].kill()
         mesh.bootstrap(*BEATS, *port)
         await asked.rest()
-        said, reason = await mesh.explained("under-way", "An earlier bootstrap had opened it in epoch")
+        said, reason = await mesh.explained("under-way", "Its router brought it from an earlier bootstrap")
     assert reason == ""
     assert said.startswith("The hand-over succeeded in")
     first = mesh.call("Explain", requestId="under-way")["rooms"][0]["timeline"]["moments"][0]
@@ -158,6 +185,17 @@ def transfer_told(mesh: Mesh, request_id: str, event: str) -> dict[str, Any]:
     (room,) = mesh.call("Explain", requestId=request_id)["rooms"]
     (told,) = [moment["transfer"] for moment in room["timeline"]["moments"] if moment["event"] == event]
     return dict(told)
+
+
+def spoil_pool(front: int) -> None:
+    """Overwrite all that is in the pool of a worker's rank."""
+    (rank,) = Path(f"/proc/{front}/task/{front}/children").read_text().split()
+    for link in Path(f"/proc/{rank}/fd").iterdir():
+        if "/memfd:pdmesh" in str(link.readlink()):
+            with link.open("r+b", buffering=0) as pool:
+                pool.write(b"\x11" * os.fstat(pool.fileno()).st_size)
+            return
+    raise AssertionError("the rank has no pool")
 
 
 async def record_of(mesh: Mesh, worker_id: str) -> types.Worker:

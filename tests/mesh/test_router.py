@@ -179,7 +179,9 @@ async def test_a_client_that_leaves_is_told_to_both_legs_and_the_room(pair: Scri
 async def succeeded(mesh: Scripted) -> None:
     """Until bootstrap has heard that all rooms' bytes arrived: the workers tell it at their leisure."""
     async with asyncio.timeout(20):
-        while not {room.state for room in await rooms(mesh)} <= {pb.ROOM_STATE_SUCCESS}:
+        while True:
+            if {room.state for room in await rooms(mesh)} <= {pb.ROOM_STATE_SUCCESS}:
+                return
             await asyncio.sleep(0.01)
 
 

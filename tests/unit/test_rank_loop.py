@@ -185,6 +185,9 @@ async def test_a_rank_dies_with_its_front() -> None:
 def test_threads_are_given_or_shared() -> None:
     cores = len(os.sched_getaffinity(0))
     assert rank_environment(3, environ={"OMP_NUM_THREADS": "9", "A": "b"})["OMP_NUM_THREADS"] == "3"
-    assert rank_environment(None, environ={"OMP_NUM_THREADS": "9"}) == {"OMP_NUM_THREADS": "9"}
+    policy = {"OMP_NUM_THREADS": "9", "OMP_WAIT_POLICY": "active"}
+    assert rank_environment(None, environ=policy) == policy
+    assert rank_environment(None, environ={})["GOMP_SPINCOUNT"] == "5000"
+    assert rank_environment(None, environ={"GOMP_SPINCOUNT": "7"})["GOMP_SPINCOUNT"] == "7"
     assert rank_environment(None, environ={})["OMP_NUM_THREADS"] == str(cores)
     assert rank_environment(None, sharing=1000, environ={})["OPENBLAS_NUM_THREADS"] == "1"

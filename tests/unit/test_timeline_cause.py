@@ -270,13 +270,13 @@ def test_a_room_that_its_router_brought_back() -> None:
     story.entry.timeline = Timeline()
     story.journal.brought_back(story.entry, 9)
     assert story.cause().sentence.endswith(
-        " An earlier bootstrap had opened it in epoch 7; its router brought it to epoch 9."
+        " Its router brought it from an earlier bootstrap, of epoch 7, to this one, of 9."
     )
     story.entry.timeline = Timeline()
     story.journal.took_over(NO_SHARD, TAKEN)
     story.journal.brought_back(story.entry, 9)
     assert story.cause().sentence.endswith(
-        f" R{TAKEN[1:]}, who had not written the room to the store yet; its router brought it back."
+        f" R{TAKEN[1:]}, who had not written of the room to the store yet; its router brought it."
     )
 
 

@@ -857,6 +857,7 @@ class RouterEvent(_message.Message):
     ABORT_FIELD_NUMBER: _builtins.int
     CLOSE_FIELD_NUMBER: _builtins.int
     REQUEST_FAILED_FIELD_NUMBER: _builtins.int
+    REQUEST_QUEUED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___OpenRoom:
         """Open a room."""
@@ -873,6 +874,10 @@ class RouterEvent(_message.Message):
     def request_failed(self) -> Global___RequestFailed:
         """A request failed or was refused: kept for Explain."""
 
+    @_builtins.property
+    def request_queued(self) -> Global___RequestQueued:
+        """A request waits at the router, and has no room yet: kept for Explain."""
+
     def __init__(
         self,
         *,
@@ -880,16 +885,43 @@ class RouterEvent(_message.Message):
         abort: Global___AbortRoom | None = ...,
         close: Global___CloseRoom | None = ...,
         request_failed: Global___RequestFailed | None = ...,
+        request_queued: Global___RequestQueued | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "event", b"event", "open", b"open", "request_failed", b"request_failed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "event", b"event", "open", b"open", "request_failed", b"request_failed", "request_queued", b"request_queued"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "event", b"event", "open", b"open", "request_failed", b"request_failed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "event", b"event", "open", b"open", "request_failed", b"request_failed", "request_queued", b"request_queued"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["open", "abort", "close", "request_failed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["open", "abort", "close", "request_failed", "request_queued"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___RouterEvent: _TypeAlias = RouterEvent  # noqa: Y015
+
+@_typing.final
+class RequestQueued(_message.Message):
+    """A request has waited in the router's queue for a moment, and still does."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request."""
+    message: _builtins.str
+    """What it waits for, in a few words."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestQueued: _TypeAlias = RequestQueued  # noqa: Y015
 
 @_typing.final
 class RequestFailed(_message.Message):
