@@ -68,10 +68,10 @@ def make_parallel(
     All ranks call it at once, as making a group is an exchange of all ranks.
 
     Raises:
-        MeshError: BAD_CONFIG for a dispatch without owners, or without data parallelism.
+        MeshError: BAD_CONFIG for a dispatch without owners.
     """
-    if dispatch is not None and (layout.ep_size != layout.tp_size or layout.dp_size == 1):
-        raise bad("expert dispatch wants --ep-size to be --tp-size, and --dp-size above 1")
+    if dispatch is not None and layout.ep_size != layout.tp_size:
+        raise bad(f"expert dispatch wants --ep-size {layout.ep_size} to be --tp-size {layout.tp_size}")
     if world.size != layout.tp_size:
         raise ValueError(f"{world.size} ranks are not the layout's {layout.tp_size}")
     attention, peers = Sharing(world.subgroup(layout.attention_ranks())), world.subgroup(layout.peer_ranks())

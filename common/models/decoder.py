@@ -77,7 +77,8 @@ class Decoder:
             raise bad_checkpoint(f"{checkpoint.folder / 'config.json'}: {error}") from None
         self.layers = [load_layer(weights, layer) for layer in stage.layers(config.num_hidden_layers)]
         self.norm = weights.norm("model.norm", hidden)
-        self.head = weights.head(vocabulary, hidden, config.tie_word_embeddings) if stage.is_last else None
+        tied = config.tie_word_embeddings
+        self.head = weights.head(vocabulary, hidden, tied, self.embedding) if stage.is_last else None
         # Where ranks gather each other's tokens within a layer, they know how many there are, not how many are wanted.
         self.selects_late = parallel.gathers
 

@@ -85,9 +85,11 @@ class Weights:
         table_VE = self.checkpoint.tensor("model.embed_tokens.weight", vocab_size, hidden)[part].clone()
         return Embedding(table_VE, part.start, group)
 
-    def head(self, vocab_size: int, hidden: int, tied: bool) -> Head:
-        """What makes logits, which is never quantized; `tied` to the embedding's table."""
+    def head(self, vocab_size: int, hidden: int, tied: bool, embedding: Embedding | None) -> Head:
+        """What makes logits, which is never quantized; `tied` to the table of `embedding`, if this rank has that."""
         name, sharing = "model.embed_tokens" if tied else "lm_head", self.parallel.head
+        if tied and embedding and embedding.group is sharing.group:
+            return Head(make_linear(embedding.table_VE), vocab_size, sharing)
         part = share_padded(vocab_size, sharing.group)
         weight_VE = self.checkpoint.tensor(f"{name}.weight", vocab_size, hidden)[part].clone()
         return Head(make_linear(weight_VE), vocab_size, sharing)
