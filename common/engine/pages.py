@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from common.engine.request import Sequence
 from common.kvcache.allocator import PageAllocator
 from common.kvcache.audit import Claim, expand
+from common.kvcache.hashes import CacheChanges
 from common.kvcache.ledger import PageState
 from common.kvcache.radix import Node, Prefix, RadixCache
 
@@ -127,6 +128,11 @@ class SequencePages:
         yield Claim("the free list", PageState.FREE, expand(self.allocator.free_extents()))
         if self.cache:
             yield Claim("the prefix cache", PageState.CACHED, self.cache.pages())
+
+    def take_changes(self) -> CacheChanges | None:
+        """What came to the prefix cache and left it since the last call; None for nothing."""
+        changes = self.cache.take_changes() if self.cache else None
+        return changes if changes and (changes.stored or changes.removed) else None
 
     def awaited(self, sequence: Sequence, prefix: Prefix | None, others: list[Sequence]) -> bool:
         """Whether one of `others` is computing the page that `sequence` would begin with.

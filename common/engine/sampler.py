@@ -101,7 +101,7 @@ def draw(logits_RV: torch.Tensor, sequences: Seq[Sequence]) -> list[int]:
     # Subtracting the maximum first keeps a tiny temperature from overflowing.
     weights_RV = (logits_RV - logits_RV.amax(dim=1, keepdim=True)).div_(temperature_R1).exp_()
     if any(s.sampling.top_k or s.sampling.top_p < 1 or s.sampling.min_p for s in sequences):
-        weights_RV *= weights_RV >= least_weights(weights_RV, sequences)[:, None]
+        drop_below(weights_RV, least_weights(weights_RV, sequences))
     seeds = [sequence.sampling.seed for sequence in sequences]
     positions = [len(sequence.output_ids) for sequence in sequences]
     return invert(weights_RV, torch.from_numpy(uniforms(seeds, positions)).to(device))
@@ -114,19 +114,27 @@ def least_weights(weights_RV: torch.Tensor, sequences: Seq[Sequence]) -> torch.T
     are all kept or all dropped. A row without a filter gets 0.
 
     Few tokens decide as a rule, so the `HEAD_TOKENS` heaviest are looked at first; rows for which they do not
-    suffice are sorted whole. Which of the two it is depends on the row alone.
+    suffice, or cannot because none weighs more than 1, are sorted whole. Which it is depends on the row alone.
     """
     vocab_size = weights_RV.shape[1]
+    totals = weights_RV.sum(dim=1).tolist()
     least_R = torch.tensor([sequence.sampling.min_p for sequence in sequences], device=weights_RV.device)
     rows = [row for row, s in enumerate(sequences) if s.sampling.top_k or s.sampling.top_p < 1]
-    whole = [row for row in rows if sequences[row].sampling.top_k > HEAD_TOKENS or vocab_size <= HEAD_TOKENS]
+    whole = [
+        row
+        for row in rows
+        if sequences[row].sampling.top_k > HEAD_TOKENS
+        or vocab_size <= HEAD_TOKENS
+        or (not sequences[row].sampling.top_k and sequences[row].sampling.top_p * totals[row] > HEAD_TOKENS)
+    ]
     if head := [row for row in rows if row not in whole]:
         head_RV = weights_RV if len(head) == len(sequences) else weights_RV[head]
         by_head_R, enough_R = cut(head_RV, [sequences[row].sampling for row in head], HEAD_TOKENS)
         least_R[head] = torch.maximum(least_R[head], torch.where(enough_R, by_head_R, 0))
         whole += [row for row, enough in zip(head, enough_R.tolist(), strict=True) if not enough]
     if whole:
-        by_all_R, _ = cut(weights_RV[whole], [sequences[row].sampling for row in whole], vocab_size)
+        whole_RV = weights_RV if len(whole) == len(sequences) else weights_RV[whole]
+        by_all_R, _ = cut(whole_RV, [sequences[row].sampling for row in whole], vocab_size)
         least_R[whole] = torch.maximum(least_R[whole], by_all_R)
     return least_R
 
@@ -137,19 +145,47 @@ def cut(weights_RV: torch.Tensor, samplings: Seq[Sampling], count: int) -> tuple
     def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=weights_RV.device)[:, None]
 
-    top_k_R1 = column([sampling.top_k for sampling in samplings], torch.int64)
     top_p_R1 = column([sampling.top_p for sampling in samplings], torch.float64)
     heaviest_RK = heaviest(weights_RV, count)
-    kth_R1 = heaviest_RK.gather(1, (top_k_R1 - 1).clamp(0, count - 1))
-    by_k_R1 = torch.where(top_k_R1 > 0, kth_R1, 0)
-    kept_R1 = (heaviest_RK * (heaviest_RK >= kth_R1)).sum(dim=1, keepdim=True)
-    total_R1 = torch.where(top_k_R1 > 0, kept_R1, weights_RV.sum(dim=1, keepdim=True)).double()
+    total_R1 = weights_RV.sum(dim=1, keepdim=True)
+    by_k_R1 = torch.zeros_like(total_R1)
+    if any(sampling.top_k for sampling in samplings):
+        top_k_R1 = column([sampling.top_k for sampling in samplings], torch.int64)
+        kth_R1 = heaviest_RK.gather(1, (top_k_R1 - 1).clamp(0, count - 1))
+        by_k_R1 = torch.where(top_k_R1 > 0, kth_R1, 0)
+        kept_R1 = (heaviest_RK * (heaviest_RK >= kth_R1)).sum(dim=1, keepdim=True)
+        total_R1 = torch.where(top_k_R1 > 0, kept_R1, total_R1)
     # The last token of the smallest set whose sum reaches top_p; with top_p 1 none is left out for rounding.
-    sums_RK = heaviest_RK.double().cumsum(dim=1)
-    last_R1 = torch.searchsorted(sums_RK, top_p_R1 * total_R1)
+    last_R1 = first_to_reach(heaviest_RK, top_p_R1 * total_R1.double())
     by_p_R1 = torch.where(top_p_R1 < 1, heaviest_RK.gather(1, last_R1.clamp(max=count - 1)), 0)
     enough_R1 = (last_R1 < count) | (top_p_R1 >= 1)
     return torch.maximum(by_k_R1, by_p_R1)[:, 0], enough_R1[:, 0]
+
+
+def drop_below(weights_RV: torch.Tensor, least_R: torch.Tensor) -> None:
+    """Set weights below the row's least to 0, in place; on CPU by NumPy, four times as fast as PyTorch there."""
+    if weights_RV.device.type == "cpu":
+        weights = weights_RV.numpy()
+        np.multiply(weights, weights >= least_R.numpy()[:, None], out=weights)
+    else:
+        weights_RV *= weights_RV >= least_R[:, None]
+
+
+def first_to_reach(values_RK: torch.Tensor, target_R1: torch.Tensor) -> torch.Tensor:
+    """The first index `[R, 1]` at which the cumulative sum of `values_RK` reaches the target; K where it never does.
+
+    Two levels, as in `invert`: a sum over the whole vocabulary in series would be the most expensive part.
+    """
+    rows, count = torch.arange(len(values_RK), device=values_RK.device), values_RK.shape[1]
+    blocks_RBW = F.pad(values_RK, (0, -count % BLOCK_TOKENS)).view(len(rows), -1, BLOCK_TOKENS)
+    sums_RB = blocks_RBW.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
+    block_R1 = torch.searchsorted(sums_RB, target_R1)
+    within_R1 = block_R1.clamp(max=sums_RB.shape[1] - 1)
+    before_R1 = F.pad(sums_RB, (1, 0)).gather(1, within_R1)
+    inner_RW = blocks_RBW[rows, within_R1[:, 0]].double().cumsum(dim=1)
+    # Summed in another order, a block may fall short of its own sum by a rounding error: then it is its last value.
+    inner_R1 = torch.searchsorted(inner_RW, target_R1 - before_R1).clamp(max=BLOCK_TOKENS - 1)
+    return torch.where(block_R1 == within_R1, block_R1 * BLOCK_TOKENS + inner_R1, count).clamp(max=count)
 
 
 def heaviest(weights_RV: torch.Tensor, count: int) -> torch.Tensor:

@@ -9,9 +9,26 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
+import msgspec
 from xxhash import xxh3_64_intdigest
 
 TOKEN_BYTES = 4
+
+
+class CacheChanges(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Hashes of pages that came to a prefix cache and that left it; each is in one of the lists at most.
+
+    Those of a prefix are in their order.
+    """
+
+    stored: list[int] = msgspec.field(default_factory=list)
+    removed: list[int] = msgspec.field(default_factory=list)
+
+    @staticmethod
+    def net(present: dict[int, bool]) -> CacheChanges:
+        """From hashes, and whether each of them is there now."""
+        stored = [hashed for hashed, here in present.items() if here]
+        return CacheChanges(stored, [hashed for hashed, here in present.items() if not here])
 
 
 def key_of(tokens: Sequence[int]) -> bytes:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from common.kvcache.allocator import PageAllocator
-from common.kvcache.hashes import TOKEN_BYTES, chain, key_of
+from common.kvcache.hashes import TOKEN_BYTES, CacheChanges, chain, key_of
 from common.kvcache.ledger import PageState
 
 # Evicted beyond what is wanted, as a share of the pool: the allocator then has runs to choose from, and sequences
@@ -52,14 +52,6 @@ class Prefix:
 
     node: Node
     pages: list[int]
-
-
-@dataclass(slots=True)
-class Changes:
-    """Hashes of pages that came and went, each of them in one list at most."""
-
-    stored: list[int] = field(default_factory=list)
-    removed: list[int] = field(default_factory=list)
 
 
 class RadixCache:
@@ -149,7 +141,9 @@ class RadixCache:
             child = Node(rest, new, hashes, node, used=self._clock)
             node.children[rest[: self._page_bytes]] = child
             self.evictable += len(new)
-            self._changes |= dict.fromkeys(hashes, True)
+            for hashed in hashes:
+                self._changes.pop(hashed, None)  # so that it stands behind those of the pages before it
+                self._changes[hashed] = True
             node = child
             self._offer(child)
         return Prefix(node, found.pages + new)
@@ -174,13 +168,10 @@ class RadixCache:
             node, doubtful = node.parent, node
             self._allocator.free(self._cut(doubtful, len(doubtful.pages)), PageState.CACHED)
 
-    def take_changes(self) -> Changes:
+    def take_changes(self) -> CacheChanges:
         """What came and went since the last call."""
         changes, self._changes = self._changes, {}
-        return Changes(
-            [hashed for hashed, stored in changes.items() if stored],
-            [hashed for hashed, stored in changes.items() if not stored],
-        )
+        return CacheChanges.net(changes)
 
     # --------------------------------------------------------------------------------- the tree
 
