@@ -178,7 +178,7 @@ class Endpoint(ABC):
     # -------------------------------------------------------------------------------------- transfers
 
     def submit(self, peer: PeerId, runs: Sequence[Run] | Pieces, timeout_s: float, key: int = 0) -> Handle:
-        pool, channel, peers = self._begun()
+        pool, _, peers = self._begun()
         with self._lock:
             session = peers.get(peer)
         pieces = checked(runs, pool.nbytes, session.target.descriptor.pool_bytes)
@@ -190,7 +190,6 @@ class Endpoint(ABC):
             if session.waiting[transfer.queue] >= QUEUE_DEPTH:
                 raise TransferError(f"{QUEUE_DEPTH} transfers wait in this queue already")
             session.waiting[transfer.queue] += 1
-            quiet_before = not self._transfers
             self._transfers[transfer.handle] = (session, transfer)
             heapq.heappush(self._deadlines, (transfer.deadline, transfer.handle))
             if not session.up:
@@ -199,8 +198,6 @@ class Endpoint(ABC):
         if up:
             assert session.way is not None
             session.way.put(transfer)
-        if quiet_before and not transfer.ended:
-            channel.poke()  # the clock goes from now on
         return transfer.handle
 
     def accepts(self, peer: PeerId, key: int = 0) -> bool:
@@ -328,11 +325,8 @@ class Endpoint(ABC):
         self._ask_for_signs_of_life(now, self._channel, self._peers)
         self._senders.relieve(now)
         waits = [self._peers.on_tick(self._channel.life)]
-        with self._lock:
-            if self._transfers or self._noisy:
-                waits.append(_TICK_S)
-            if self._deadlines:
-                waits.append(max(self._deadlines[0][0] - now, 0.0))
+        if self._peers.all():  # a submission does not wake the channel: that costs more than a small transfer
+            waits.append(_TICK_S)
         return min((wait for wait in waits if wait is not None), default=None)
 
     def _expire(self, now: float) -> None:

@@ -1,9 +1,9 @@
 """Transfer by NIXL over UCX: RDMA where UCX finds it, else its same-host copies or TCP.
 
 An agent moves data only inside calls. NIXL's own progress thread spins on a whole core, so agents run without
-it: a writer polls its own transfer, and tells the peer over the control channel when one begins and ends, so
-that the peer polls every 0.5 ms in between and hardly at all otherwise. (Even same-host copies need the peer
-to poll: for the first connection, and for the flush at the end.)
+it: a writer polls its own transfer, and tells the peer over the control channel when it begins and ends to wait for
+one, so that the peer polls every 0.5 ms in between and hardly at all otherwise. (Same-host copies may end at once, but
+the first of a connection needs the peer to poll as well.)
 
 Every endpoint has one agent that is written to, and one more for each peer that it writes to, used by one worker at
 a time: agents are not thread-safe, and NIXL cannot cancel. A transfer that was released in progress still lands, but
@@ -196,28 +196,30 @@ class _NixlWriter:
 
     def write(self, pieces: Pieces, give_up: GiveUp) -> None:
         self._agent.enter_thread()
-        self._tell(Kind.WRITE_BEGINS)
-        try:
-            self._write(pieces, give_up)
-        finally:
-            self._tell(Kind.WRITE_ENDS)
-
-    def _write(self, pieces: Pieces, give_up: GiveUp) -> None:
         agent = self._agent.raw
         sources = agent.get_xfer_descs(_descriptors(pieces[:, 0], pieces, self._source), _kind(self._source))
         targets = agent.get_xfer_descs(_descriptors(pieces[:, 1], pieces, self._target), _kind(self._target))
         transfer = agent.initialize_xfer("WRITE", sources, targets, self._peer)
         try:
             state = agent.transfer(transfer)
-            while state == "PROC":
-                if give_up():
-                    raise TransferError("given up")
-                time.sleep(_WRITER_POLL_S)
-                state = agent.check_xfer_state(transfer)
+            if state == "PROC":  # a same-host copy that needed nothing of the peer is done
+                state = self._wait(transfer, give_up)
         finally:
             agent.release_xfer_handle(transfer)
         if state != "DONE":
             raise TransferError(f"NIXL ended a write of {len(pieces)} pieces as {state}")
+
+    def _wait(self, transfer: Any, give_up: GiveUp) -> str:
+        """The state in which the transfer ends, with the peer polling at its side."""
+        self._tell(Kind.WRITE_BEGINS)
+        try:
+            while (state := self._agent.raw.check_xfer_state(transfer)) == "PROC":
+                if give_up():
+                    raise TransferError("given up")
+                time.sleep(_WRITER_POLL_S)
+        finally:
+            self._tell(Kind.WRITE_ENDS)
+        return str(state)
 
     def close(self) -> None:
         self._agent.raw.remove_remote_agent(self._peer)

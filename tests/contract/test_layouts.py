@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from common.dist.dispatch.base import ExpertDispatch
 from common.dist.dispatch.modes import LowLatencyDispatch, NormalDispatch
 from common.dist.dispatch.torch import TorchBuffer
+from common.dist.group import ALONE, Alone
 from common.dist.layout import Layout, make_parallel
 from common.dist.parallel import Parallel, Stage
 from common.engine.config import EngineConfig
@@ -90,6 +91,7 @@ LAYOUTS: dict[str, tuple[Layout, str]] = {
     "TP 4, DP 2, EP 4, head of its own": (Layout(4, 2, ep_size=4, dp_lm_head=True), ""),
     "DP 4, EP 4, normal": (Layout(4, 4, ep_size=4), "normal"),
     "DP 4, EP 4, low latency": (Layout(4, 4, ep_size=4, moe_dense_tp_size=1), "low-latency"),
+    "TP 2, EP 2, normal": (Layout(2, ep_size=2), "normal"),
     "TP 4, DP 2, EP 4, normal": (Layout(4, 2, ep_size=4), "normal"),
     "TP 4, DP 2, EP 4, low latency": (Layout(4, 2, ep_size=4, moe_dense_tp_size=1, dp_lm_head=True), "low-latency"),
     "DP 2, EP 2, low latency, all else of their own": (
@@ -150,6 +152,11 @@ def test_stages_of_a_pipeline(stages: int, ranks: int, name: str, folder: Path) 
 
     for logits_TV in run_threads(ranks, rank_main):
         torch.testing.assert_close(logits_TV, mine.logits_TV, atol=1e-4, rtol=0)
+
+
+def test_dispatch_wants_owners() -> None:
+    with pytest.raises(MeshError, match="--ep-size 1 to be --tp-size 2"):
+        make_parallel(Layout(2), Alone(0, 2), NormalDispatch(TorchBuffer(ALONE, 2)))
 
 
 def test_more_stages_than_layers_are_refused(folder: Path) -> None:

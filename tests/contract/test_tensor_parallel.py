@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig, Qwen3Config
 
-from common.dist.group import ALONE, Alone
+from common.dist.group import ALONE, Alone, join_group, leave_group
 from common.dist.parallel import NOT_PARALLEL, Parallel, Sharing, share_kv_heads, share_padded
 from common.errors.base import MeshError, Reason
 from common.models.config import read_config
@@ -48,8 +48,8 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
 OWN_EXPERTS = ("mixtral", "deepseek-v3")
 
 
-def run_ranks(folder: Path, jobs: list[Job]) -> list[dict[str, torch.Tensor]]:
-    """What each rank computed."""
+def start_ranks(folder: Path, jobs: list[Job]) -> list[tuple[int, str]]:
+    """Exit status and errors of each rank."""
     (folder / "jobs.json").write_bytes(msgspec.json.encode(jobs))
     command = [sys.executable, "-m", "tests.tensor_ranks", str(folder)]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
@@ -63,8 +63,13 @@ def run_ranks(folder: Path, jobs: list[Job]) -> list[dict[str, torch.Tensor]]:
         for rank in ranks:
             rank.kill()
             rank.wait()
-    for rank, error in zip(ranks, errors, strict=True):
-        assert rank.returncode == 0, error
+    return [(rank.returncode, error) for rank, error in zip(ranks, errors, strict=True)]
+
+
+def run_ranks(folder: Path, jobs: list[Job]) -> list[dict[str, torch.Tensor]]:
+    """What each rank computed."""
+    for status, error in start_ranks(folder, jobs):
+        assert status == 0, error
     return [load_file(folder / f"rank-{rank}.safetensors") for rank in range(RANKS)]
 
 
@@ -121,6 +126,22 @@ def test_ranks_with_tokens_of_their_own(tmp_path: Path) -> None:
     for rank, result in enumerate(run_ranks(tmp_path, jobs)):
         for name, logits_of in wanted.items():
             torch.testing.assert_close(result[name], logits_of[rank], atol=1e-4, rtol=0)
+
+
+def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
+    """At once, in the exchange that waits for it, and not when an hour has passed."""
+    make_model(llama(), tmp_path / "model", varied=False)
+    job = Job("", str(tmp_path / "model"), prompt_of(PROMPT), [1] * TOKENS, dies=1)
+    (survivor, error), (dead, _) = start_ranks(tmp_path, [job])
+    assert dead == 9
+    assert survivor == 1
+    assert "RuntimeError" in error
+
+
+def test_a_rank_that_never_comes(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?i)time|wait"):
+        join_group("gloo", f"file://{tmp_path / 'meeting'}", 0, 2, timeout_s=0.5)
+    leave_group()
 
 
 def test_what_so_many_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
