@@ -19,6 +19,7 @@ from common.config.tls import Credentials
 from common.config.tls import load as load_tls
 from common.engine.messages import Arrivals, Ledger, Load, Retracted, SequenceFailed, Tokens
 from common.errors.base import MeshError, Reason
+from common.kvcache.hashes import CacheChanges
 from common.kvcache.ledger import Audit
 from common.mesh.credit import Credit
 from common.mesh.wire import ticket_from
@@ -28,6 +29,7 @@ from common.rpc.address import join
 from common.rpc.announce import announce
 from common.rpc.server import Server, Service, make_server
 from common.worker import arrival_metrics, audit_metrics, convert, transfer_metrics
+from common.worker.cache_news import CacheTeller
 from common.worker.config import WorkerConfig
 from common.worker.credit import CreditTeller, Throttle
 from common.worker.held import HeldRooms
@@ -77,6 +79,7 @@ class Role(Generic[E]):
     rank_module: str
     make_service: Callable[[Front[E]], Service]
     to_event: Callable[[int, SequenceNews], E]
+    to_cache_event: Callable[[pb.PrefixCacheUpdate], E]
     to_credit_event: Callable[[Credit, int], E] | None = None  # where there is credit
 
 
@@ -91,6 +94,7 @@ class Front(Generic[E]):
         self._load = Load(0, 0, 0, Ledger(0))
         self._audit = Audit()
         self._load_teller = Throttle(lambda: self._mesh.heartbeat(), LOAD_INTERVAL_S)
+        self._cache_teller = CacheTeller(self.sessions, role.to_cache_event)
         self._credit_teller = CreditTeller(self.sessions, role.to_credit_event) if role.to_credit_event else None
         self._held = HeldRooms(prefill=role.proto == pb.WORKER_ROLE_PREFILL)
         self._idle = asyncio.Event()
@@ -179,6 +183,7 @@ class Front(Generic[E]):
                 await self._drain()
         finally:
             self._load_teller.close()
+            self._cache_teller.close()
             if self._credit_teller:
                 self._credit_teller.close()
             await self._mesh.close()
@@ -225,6 +230,7 @@ class Front(Generic[E]):
         session = self.sessions.open()
         if self._credit_teller:
             self._credit_teller.opened(session)
+        self._cache_teller.opened(session)
 
         async def read() -> None:
             try:
@@ -310,6 +316,8 @@ class Front(Generic[E]):
                         transfer_metrics.publish(message)
                 case Audit():
                     self._on_audit(message)
+                case CacheChanges():
+                    self._cache_teller.update(message)
                 case RankReady() | RankFailed():
                     raise TypeError(f"a rank that runs sent {type(message).__name__}")
                 case _:

@@ -16,6 +16,7 @@ from common.engine.messages import Load, Retracted, SequenceFailed, Tokens
 from common.engine.request import Sequence
 from common.errors.base import MeshError, Reason
 from common.kvcache.audit import AUDIT_INTERVAL_S, Auditor, Claim
+from common.kvcache.hashes import CacheChanges
 from common.kvcache.ledger import Audit
 from common.worker.messages import (
     AbortSequence,
@@ -58,6 +59,7 @@ Outgoing = (
     | RoomQuiet
     | RoomFenced
     | Audit
+    | CacheChanges
 )
 Emit = Callable[[Outgoing], None]
 
@@ -231,6 +233,8 @@ class RankTurns:
         """What is queued for the front, with the load if it changed; None if there is nothing to tell."""
         if self._auditor.due:
             self.emit(self._auditor.run(chain(self._engine.claims(), self._handover.claims())))
+        if changes := self._engine.pages.take_changes():
+            self.emit(changes)
         load = structs.replace(self._handover.load(self._engine.load()), last_start=self._last_start)
         changed = load if load != self._sent_load else None
         if not self._outbox and not changed:

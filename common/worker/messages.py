@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from common.engine.messages import Load, Message, Retracted, Sampling, SequenceFailed, Tokens
+from common.kvcache.hashes import CacheChanges
 from common.kvcache.layout import KvLayout
 from common.kvcache.ledger import Audit
 from common.mesh.ticket import Ticket
@@ -177,5 +178,6 @@ class FromRank(msgspec.Struct, frozen=True, array_like=True):
         | RoomQuiet
         | RoomFenced
         | Audit
+        | CacheChanges
     ]
     load: Load | None = None

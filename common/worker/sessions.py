@@ -19,6 +19,7 @@ class Session(Generic[E]):
     Attributes:
         last_start: The router's number of its last sequence that the ranks' load reflects.
         told_credit: What the router was told last.
+        cache_unknown: What the router knows of the prefix cache is out of date.
     """
 
     def __init__(self) -> None:
@@ -26,6 +27,7 @@ class Session(Generic[E]):
         self.sequences: dict[int, int] = {}  # the router's number -> the worker's
         self.last_start = 0
         self.told_credit: tuple[Credit, int] | None = None
+        self.cache_unknown = False
         self._unreflected: deque[tuple[int, int]] = deque()  # the worker's id, the router's number
 
     def started(self, sequence_id: int, number: int) -> None:

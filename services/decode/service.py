@@ -70,16 +70,29 @@ def to_credit_event(credit: Credit, last_start: int) -> pb.DecodeEvent:
     return pb.DecodeEvent(credit=update)
 
 
+def to_cache_event(update: types_pb2.PrefixCacheUpdate) -> pb.DecodeEvent:
+    return pb.DecodeEvent(cache=update)
+
+
 def make_service(front: DecodeFront) -> Service:
     return Service("pdmesh.v1.DecodeService", pb_grpc.add_DecodeServiceServicer_to_server, DecodeServicer(front))
 
 
-DECODE = Role("decode", types_pb2.WORKER_ROLE_DECODE, "services.decode.rank", make_service, to_event, to_credit_event)
+DECODE = Role(
+    "decode",
+    types_pb2.WORKER_ROLE_DECODE,
+    "services.decode.rank",
+    make_service,
+    to_event,
+    to_cache_event,
+    to_credit_event,
+)
 UNIFIED = Role(
     "unified",
     types_pb2.WORKER_ROLE_UNIFIED,
     "services.decode.unified_rank",
     make_service,
     to_event,
+    to_cache_event,
     to_credit_event,
 )

@@ -277,7 +277,7 @@ class PrefillHandover:
             return
         self._stalled.pop(room.ticket, None)
         self._begin(room)
-        if not room.pages_computed:
+        if not room.pages_computed and not room.prefix:
             self._send_prefix(room, to)
         self._advance(room)
 

@@ -61,8 +61,12 @@ def to_event(number: int, news: SequenceNews) -> pb.PrefillEvent:
     raise TypeError(f"a prefill rank sends no {type(news).__name__}")
 
 
+def to_cache_event(update: types_pb2.PrefixCacheUpdate) -> pb.PrefillEvent:
+    return pb.PrefillEvent(cache=update)
+
+
 def make_service(front: PrefillFront) -> Service:
     return Service("pdmesh.v1.PrefillService", pb_grpc.add_PrefillServiceServicer_to_server, PrefillServicer(front))
 
 
-ROLE = Role("prefill", types_pb2.WORKER_ROLE_PREFILL, "services.prefill.rank", make_service, to_event)
+ROLE = Role("prefill", types_pb2.WORKER_ROLE_PREFILL, "services.prefill.rank", make_service, to_event, to_cache_event)
