@@ -21,6 +21,7 @@ from pdmesh.v1 import decode_service_pb2, prefill_service_pb2, types_pb2
 from pdmesh.v1.decode_service_pb2_grpc import DecodeServiceStub
 from pdmesh.v1.prefill_service_pb2_grpc import PrefillServiceStub
 from services.router.credits import CreditAccount
+from services.router.prefix_index import CachedPrefixes
 
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.05, 2.0
 
@@ -57,6 +58,7 @@ class WorkerLink(ABC, Generic[Command, Event]):
 
     def __init__(self, record: types_pb2.Worker, on_change: Callable[[], None], tls: Credentials | None = None) -> None:
         self.record = record
+        self.prefixes = CachedPrefixes(record.pool_pages)
         self.connected = False
         self._on_change = on_change
         self._sinks: dict[int, Sink[Event]] = {}
@@ -121,11 +123,13 @@ class WorkerLink(ABC, Generic[Command, Event]):
     def abort_command(self, sequence_id: int) -> Command:
         """The command that stops a sequence."""
 
+    @abstractmethod
     def on_worker_event(self, event: Event) -> None:
         """News of the worker itself."""
 
     def on_stream(self, up: bool) -> None:
-        """The stream is up, or has broken."""
+        """The stream is up, or has broken: what the worker told of itself holds no more."""
+        self.prefixes.clear()
 
     # ---------------------------------------------------------------------------------- of the stream
 
@@ -206,6 +210,10 @@ DecodeEvent = decode_service_pb2.DecodeEvent
 class PrefillLink(WorkerLink[PrefillCommand, PrefillEvent]):
     """To a prefill worker."""
 
+    def on_worker_event(self, event: PrefillEvent) -> None:
+        if event.HasField("cache"):
+            self.prefixes.apply(event.cache)
+
     def open(self, channel: grpc.aio.Channel) -> Any:
         return PrefillServiceStub(channel).Session(wait_for_ready=True)
 
@@ -233,8 +241,11 @@ class DecodeLink(WorkerLink[DecodeCommand, DecodeEvent]):
     def on_worker_event(self, event: DecodeEvent) -> None:
         if event.HasField("credit"):
             self._publish(event.credit.credit, event.credit.last_start)
+        elif event.HasField("cache"):
+            self.prefixes.apply(event.cache)
 
     def on_stream(self, up: bool) -> None:
+        super().on_stream(up)
         self.account.forget()
         if up and self.record.load.HasField("credit"):
             self._publish(self.record.load.credit, 0)  # until the stream's first word
