@@ -7,8 +7,8 @@ opened, reserved by decode, pushed to prefill, transferring, transferred, closed
 flight and counts. The second opens rooms at a steady rate, at random times, and measures what a request waits for:
 from the wish to open a room to its ticket, which the router makes itself, and from decode's reservation, sent at once,
 to prefill's knowing it. Beside them stand the floors of the same run: a message to another Python process and back on
-an open gRPC stream (a request pays about one of these), and one put to etcd. `rooms per CPU second` is bootstrap's own: what one core would carry;
-`unwritten` is how many records waited for the store at the end of the first part.
+an open gRPC stream (a request pays about one of these), and one put to etcd. `rooms per CPU second` is bootstrap's
+own: what one core would carry; `unwritten` is how many records waited for the store at the end of the first part.
 """
 
 from __future__ import annotations
