@@ -79,15 +79,29 @@ def check_that_none_was_lost(mesh: Cluster, fault: Fault) -> None:
 
 def check_explanations_of_takeover(mesh: Cluster) -> None:
     """bootstrap-1 has taken bootstrap-0's shards over, and says so of rooms of before and of right after."""
-    rooms = mesh.rooms("bootstrap-1")
-    first, last = (min(epoch_of(room) for room in rooms), max(epoch_of(room) for room in rooms))
-    assert first < last, "no room came with a shard, or none was opened in one since"
+    found: list[dict[str, Any]] = []
+
+    def has_both() -> bool:
+        rooms = mesh.rooms("bootstrap-1")
+        first = min(epoch_of(room) for room in rooms)
+        before = [room for room in rooms if epoch_of(room) == first]
+        shards = {shard_of(room) for room in before}
+        later = [room for room in rooms if epoch_of(room) > first and shard_of(room) in shards]
+        found[:] = [before[0], later[-1]] if later else []
+        return bool(found)
+
+    wait_until(has_both, 30, "a room was opened in a shard that was taken over")
+    restored, later = found
+    first = epoch_of(restored)
     gone = mesh.services["bootstrap-0"].listening.grpc
-    restored = next(room for room in rooms if epoch_of(room) == first)
-    taken = {shard_of(room) for room in rooms if epoch_of(room) == first}
-    later = next(room for room in rooms if epoch_of(room) == last and shard_of(room) in taken)
     for room in (restored, later):
-        said = mesh.explained(room, "bootstrap-1")
+        said: dict[str, Any] = {}
+
+        def has_ended(said: dict[str, Any] = said, room: dict[str, Any] = room) -> bool:
+            said.update(mesh.explained(room, "bootstrap-1"))
+            return not said["summary"].startswith("Under way")
+
+        wait_until(has_ended, 30, "the hand-over is over")
         assert "reason" not in said, said
         assert said["summary"].startswith("The hand-over succeeded in")
         assert f" took over from replica {first:x} at {gone}, epoch {first}" in said["summary"]
@@ -149,6 +163,7 @@ def test_a_replica_that_slept_is_not_listened_to(tmp_path: Path) -> None:
         async def sleep() -> None:
             os.kill(sleeper.pid, signal.SIGSTOP)
             await asyncio.to_thread(wait_until, lambda: shards_of(mesh, "bootstrap-1") == SHARDS, 30, "it took over")
+            await asyncio.to_thread(check_explanations_of_takeover, mesh)
             os.kill(sleeper.pid, signal.SIGCONT)
 
         check_that_none_was_lost(mesh, sleep)

@@ -139,7 +139,10 @@ async def ready(mesh: Mesh, *workers: str) -> None:
     """Wait until the workers have registered and the router, if there is one, can serve."""
 
     def is_ready() -> bool:
-        known = {worker["workerId"] for worker in mesh.call("ListWorkers").get("workers", [])}
+        try:
+            known = {worker["workerId"] for worker in mesh.call("ListWorkers").get("workers", [])}
+        except Refused:  # bootstrap has not reached its store yet
+            return False
         if not known >= set(workers or ("prefill-0", "decode-0")):
             return False
         return "router" not in mesh.by_name or httpx.get(f"http://{mesh['router'].listening.http}/ready").is_success

@@ -31,6 +31,7 @@ from services.bootstrap.store.etcd import EtcdStore
 from services.bootstrap.store.etcd_client import EtcdClient
 from services.bootstrap.store.etcd_server import EtcdServer
 from services.bootstrap.store.memory import MemoryStore
+from tests.mesh.reflect import ask
 
 pytestmark = pytest.mark.mesh
 
@@ -272,11 +273,19 @@ async def test_new_requests_while_the_store_is_away(mesh: Mesh, policy: str) -> 
     await became(lambda: not bootstrap.store.in_touch)
     if policy == "serve":
         await mesh.open("new")
+        journal = bootstrap.servicer.control.journal
+        await became(lambda: bool(journal.outages(0, float("inf"))))  # it is noticed
     else:
         with pytest.raises(MeshError) as caught:
             await mesh.open("new")
         assert caught.value.reason is Reason.STORE_FAILED
         assert caught.value.retryable
+    explained = await asyncio.to_thread(ask, bootstrap.address, "Explain", requestId="new")
+    if policy == "refuse":
+        assert explained["summary"] == "No room was opened: the store is away."
+        assert explained["reason"] == "STORE_FAILED"
+    else:
+        assert explained["summary"].endswith("what happens is in this replica's memory alone.")
     mesh.decode.say(reserved=reserved(running))
     await mesh.prefill.hear("reserved")
     mesh.decode.say(transferred=pb.RoomTransferred(ticket=ticket_to(running)))

@@ -24,6 +24,7 @@ from pdmesh.v1 import bootstrap_service_pb2_grpc as bootstrap_grpc
 from pdmesh.v1 import decode_service_pb2 as decode_pb
 from pdmesh.v1 import decode_service_pb2_grpc as decode_grpc
 from pdmesh.v1 import types_pb2 as types
+from tests.mesh.harness import scrape
 from tests.mesh.inspected import PATIENCE_S, SLOW_DECODE, TINY_POOL, Mesh, channel_to, opened, ready, until
 from tests.mesh.processes import services
 from tests.mesh.reflect import Refused, seconds_of
@@ -277,6 +278,11 @@ async def test_lists_filters_and_the_watch(mesh: Mesh) -> None:
     assert int(transfer["bytes"]) > 0
     assert all(seconds_of(transfer[name]) >= 0 for name in ("duration", "queued", "hidden", "exposed"))
     assert [m["event"] for m in explained["timeline"]["moments"] if "transfer" in m] == ["Transferred"]
+    sent, received = (scrape(str(mesh[name].listening.metrics)) for name in ("prefill-0", "decode-0"))
+    assert f'pdmesh_transfer_bytes_sum{{backend="emulated"}} {float(transfer["bytes"])}' in sent
+    assert f'pdmesh_transfer_received_bytes_total{{backend="emulated"}} {float(transfer["bytes"])}' in received
+    for name in ("seconds", "queue_seconds", "hidden_seconds", "exposed_seconds", "descriptors"):
+        assert f'pdmesh_transfer_{name}_count{{backend="emulated"}} 1.0' in sent
     for request in ({}, {"requestId": "never", "roomId": "both"}):
         with pytest.raises(Refused, match="either request_id or room_id"):
             mesh.call("Explain", **request)
@@ -297,6 +303,7 @@ async def test_the_operators_commands(mesh: Mesh) -> None:
         shown = mesh.pdmesh("explain", name)
         assert "The hand-over succeeded in" in shown
         assert all(event in shown for event in ("Opened", "Reserved", "Transferred"))
+        assert "MB in 1 piece by emulated in" in shown
     assert json.loads(mesh.pdmesh("explain", "shown", "--json"))["rooms"]
     assert "prefill-0" in mesh.pdmesh("top", "--count", "2", "--interval", "0.1")
     (look,) = map(json.loads, mesh.pdmesh("top", "--json", "--count", "1").splitlines())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -20,10 +21,11 @@ from pdmesh.v1 import prefill_service_pb2 as prefill_pb
 from pdmesh.v1 import prefill_service_pb2_grpc as prefill_grpc
 from pdmesh.v1 import types_pb2 as types
 from services.bootstrap.store.etcd_server import free_port
+from tests.fault.cluster import etcd
 from tests.mesh.harness import scrape
 from tests.mesh.inspected import BEATS, PATIENCE_S, PROMPT, Mesh, channel_to, opened, ready, until
 from tests.mesh.processes import services
-from tests.mesh.reflect import Refused
+from tests.mesh.reflect import Refused, ask
 
 pytestmark = [pytest.mark.mesh, pytest.mark.fault, pytest.mark.slow]
 
@@ -38,6 +40,12 @@ ROUTE = "from prefill-0 to decode-0"
 def mesh(tmp_path: Path) -> Iterator[Mesh]:
     with services(tmp_path, Mesh) as mesh:
         yield mesh
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[str]:
+    with etcd(tmp_path) as started:
+        yield started.store
 
 
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
@@ -171,7 +179,39 @@ async def test_the_only_bootstrap_is_killed_under_a_transfer(mesh: Mesh) -> None
     assert (reason, "bootstrap" in said) == ("", False)
 
 
+async def test_a_replica_of_bootstrap_is_killed_under_a_transfer(store: str, mesh: Mesh) -> None:
+    flags = ("--store", store, "--lease-ttl", "1")
+    mesh.whole(*flags, prefill=mesh.profile("long", LONG))
+    mesh.start("bootstrap", "bootstrap-1", "--port", "0", *BEATS, *flags)
+    await ready(mesh)
+    async with mesh.ask("under-way", max_new_tokens=3) as asked:
+        owner = await until(lambda: owner_of(mesh, "under-way"))
+        heir = ({"bootstrap", "bootstrap-1"} - {owner}).pop()
+        gone = mesh[owner].grpc
+        mesh[owner].kill()
+        mesh.by_name["bootstrap"], mesh.by_name["bootstrap-1"] = mesh[heir], mesh[owner]  # it is asked from now on
+        await asked.rest()
+        await until(lambda: owner_of(mesh, "under-way", state="ROOM_STATE_SUCCESS"))
+    said, reason = await mesh.explained("under-way", " took over from replica ", f" at {gone}, epoch ")
+    assert reason == ""
+    assert said.startswith("The hand-over succeeded in")
+    assert "s after it was TRANSFERRING." in said
+    (room,) = mesh.call("Explain", requestId="under-way")["rooms"]
+    events = [(moment["event"], moment["state"]) for moment in room["timeline"]["moments"]]
+    assert events[0] == ("Restored", "ROOM_STATE_TRANSFERRING")
+
+
 # ------------------------------------------------------------------------------------------ helpers
+
+
+def owner_of(mesh: Mesh, request_id: str, state: str = "ROOM_STATE_TRANSFERRING") -> str | None:
+    """Which replica has the request's room in `state`."""
+    for name in ("bootstrap", "bootstrap-1"):
+        if mesh[name].process.poll() is None:
+            with contextlib.suppress(Refused):  # it has not reached its store yet
+                if ask(mesh[name].grpc, "ListRooms", requestId=request_id, state=state).get("rooms"):
+                    return name
+    return None
 
 
 def pending(mesh: Mesh, request_id: str) -> str:

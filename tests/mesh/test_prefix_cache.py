@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.mesh, pytest.mark.slow, pytest.mark.flaky(reruns=0)]
 SEED = 47
 PAGE = 16
 PAGE_BYTES = 4 * 2 * 2 * PAGE * 16 * 4
-POOL = 32768  # tokens: all prompts fit
+POOL = 24576  # tokens: all prompts fit
 GROUPS, PROMPTS, STEM, LEAF, NEW_TOKENS = 8, 200, 160, 40, 4
 CACHING = "--disaggregation-decode-enable-radix-cache"
 SETTINGS = (
@@ -128,7 +128,7 @@ async def test_what_is_known_is_neither_computed_nor_sent_again(served: tuple[Me
             assert received(mesh) - before == new * PAGE_BYTES
 
         rng = random.Random(SEED)
-        fillers = [[rng.randrange(2, 500) for _ in range(2000)] for _ in range(POOL // 2000 + 2)]
+        fillers = [[rng.randrange(2, 500) for _ in range(600)] for _ in range(POOL // 600 + 2)]
         await client.generate_all(fillers, temperature=0.0, max_new_tokens=1)
         third = await ask(client, answers)
         assert sum(cached(third)) < sum(cached(second)), "the prompts were pushed out of the cache"

@@ -18,7 +18,7 @@ from transformers import (
 from common.engine.messages import Sampling
 from common.engine.penalties import Penalties, TokenCounts, apply_penalties
 from common.engine.request import Sequence
-from common.engine.sampler import cut, draw, invert, least_weights, sample
+from common.engine.sampler import cut, draw, first_to_reach, invert, least_weights, sample
 from common.engine.uniform import GOLDEN_GAMMA, mix, uniforms
 
 pytestmark = pytest.mark.unit
@@ -86,6 +86,17 @@ def test_the_head_decides_like_the_whole(top_k: int, top_p: float, spread: float
     with_head = least_weights(weights, rows)
     whole, _ = cut(weights, [row.sampling for row in rows], 5000)
     assert torch.equal(with_head, whole)
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 3000])
+def test_the_first_to_reach_is_that_of_the_plain_cumulative_sum(count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    values = torch.randint(0, 9, (50, count), generator=generator).float()  # whole numbers: no sum is rounded
+    sums = values.double().cumsum(1)
+    targets = (torch.rand(50, 1, generator=generator) * 1.1 * sums[:, -1:]).round()
+    assert torch.equal(first_to_reach(values, targets), torch.searchsorted(sums, targets))
+    beyond = sums[:, -1:] + 1
+    assert first_to_reach(values, beyond).unique().tolist() == [count]
 
 
 def test_equal_tokens_are_kept_together() -> None:

@@ -26,7 +26,7 @@ from pdmesh.v1 import prefill_service_pb2 as pdmesh_dot_v1_dot_prefill__service_
 from pdmesh.v1 import types_pb2 as pdmesh_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1epdmesh/v1/decode_service.proto\x12\tpdmesh.v1\x1a\x1fpdmesh/v1/prefill_service.proto\x1a\x15pdmesh/v1/types.proto\"I\n\x1b\x44\x65\x63odeServiceSessionRequest\x12*\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x18.pdmesh.v1.DecodeCommand\"l\n\rDecodeCommand\x12\'\n\x05start\x18\x01 \x01(\x0b\x32\x16.pdmesh.v1.DecodeStartH\x00\x12\'\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x16.pdmesh.v1.DecodeAbortH\x00\x42\t\n\x07\x63ommand\"\xd1\x01\n\x0b\x44\x65\x63odeStart\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12!\n\x06ticket\x18\x02 \x01(\x0b\x32\x11.pdmesh.v1.Ticket\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x12\n\nprompt_ids\x18\x04 \x03(\r\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.pdmesh.v1.SamplingParams\x12\x12\n\noutput_ids\x18\x06 \x03(\r\x12!\n\x06writer\x18\x07 \x01(\x0b\x32\x11.pdmesh.v1.Writer\"\"\n\x0b\x44\x65\x63odeAbort\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\"F\n\x1c\x44\x65\x63odeServiceSessionResponse\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.pdmesh.v1.DecodeEvent\"\xe3\x01\n\x0b\x44\x65\x63odeEvent\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12+\n\x06tokens\x18\x02 \x01(\x0b\x32\x19.pdmesh.v1.SequenceTokensH\x00\x12+\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x19.pdmesh.v1.SequenceFailedH\x00\x12\x31\n\tretracted\x18\x04 \x01(\x0b\x32\x1c.pdmesh.v1.SequenceRetractedH\x00\x12)\n\x06\x63redit\x18\x05 \x01(\x0b\x32\x17.pdmesh.v1.CreditUpdateH\x00\x42\x07\n\x05\x65vent\"\x13\n\x11SequenceRetracted\"E\n\x0c\x43reditUpdate\x12!\n\x06\x63redit\x18\x01 \x01(\x0b\x32\x11.pdmesh.v1.Credit\x12\x12\n\nlast_start\x18\x02 \x01(\x04\"\xac\x01\n\x0eSequenceTokens\x12\x14\n\x0ctoken_offset\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.pdmesh.v1.TokenLogprobs\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.pdmesh.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x05 \x01(\r2o\n\rDecodeService\x12^\n\x07Session\x12&.pdmesh.v1.DecodeServiceSessionRequest\x1a\'.pdmesh.v1.DecodeServiceSessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1epdmesh/v1/decode_service.proto\x12\tpdmesh.v1\x1a\x1fpdmesh/v1/prefill_service.proto\x1a\x15pdmesh/v1/types.proto\"I\n\x1b\x44\x65\x63odeServiceSessionRequest\x12*\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x18.pdmesh.v1.DecodeCommand\"l\n\rDecodeCommand\x12\'\n\x05start\x18\x01 \x01(\x0b\x32\x16.pdmesh.v1.DecodeStartH\x00\x12\'\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x16.pdmesh.v1.DecodeAbortH\x00\x42\t\n\x07\x63ommand\"\xd1\x01\n\x0b\x44\x65\x63odeStart\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12!\n\x06ticket\x18\x02 \x01(\x0b\x32\x11.pdmesh.v1.Ticket\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x12\n\nprompt_ids\x18\x04 \x03(\r\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.pdmesh.v1.SamplingParams\x12\x12\n\noutput_ids\x18\x06 \x03(\r\x12!\n\x06writer\x18\x07 \x01(\x0b\x32\x11.pdmesh.v1.Writer\"\"\n\x0b\x44\x65\x63odeAbort\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\"F\n\x1c\x44\x65\x63odeServiceSessionResponse\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.pdmesh.v1.DecodeEvent\"\x92\x02\n\x0b\x44\x65\x63odeEvent\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12+\n\x06tokens\x18\x02 \x01(\x0b\x32\x19.pdmesh.v1.SequenceTokensH\x00\x12+\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x19.pdmesh.v1.SequenceFailedH\x00\x12\x31\n\tretracted\x18\x04 \x01(\x0b\x32\x1c.pdmesh.v1.SequenceRetractedH\x00\x12)\n\x06\x63redit\x18\x05 \x01(\x0b\x32\x17.pdmesh.v1.CreditUpdateH\x00\x12-\n\x05\x63\x61\x63he\x18\x06 \x01(\x0b\x32\x1c.pdmesh.v1.PrefixCacheUpdateH\x00\x42\x07\n\x05\x65vent\"\x13\n\x11SequenceRetracted\"E\n\x0c\x43reditUpdate\x12!\n\x06\x63redit\x18\x01 \x01(\x0b\x32\x11.pdmesh.v1.Credit\x12\x12\n\nlast_start\x18\x02 \x01(\x04\"\xac\x01\n\x0eSequenceTokens\x12\x14\n\x0ctoken_offset\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.pdmesh.v1.TokenLogprobs\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.pdmesh.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x05 \x01(\r2o\n\rDecodeService\x12^\n\x07Session\x12&.pdmesh.v1.DecodeServiceSessionRequest\x1a\'.pdmesh.v1.DecodeServiceSessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,13 +44,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODESERVICESESSIONRESPONSE']._serialized_start=534
   _globals['_DECODESERVICESESSIONRESPONSE']._serialized_end=604
   _globals['_DECODEEVENT']._serialized_start=607
-  _globals['_DECODEEVENT']._serialized_end=834
-  _globals['_SEQUENCERETRACTED']._serialized_start=836
-  _globals['_SEQUENCERETRACTED']._serialized_end=855
-  _globals['_CREDITUPDATE']._serialized_start=857
-  _globals['_CREDITUPDATE']._serialized_end=926
-  _globals['_SEQUENCETOKENS']._serialized_start=929
-  _globals['_SEQUENCETOKENS']._serialized_end=1101
-  _globals['_DECODESERVICE']._serialized_start=1103
-  _globals['_DECODESERVICE']._serialized_end=1214
+  _globals['_DECODEEVENT']._serialized_end=881
+  _globals['_SEQUENCERETRACTED']._serialized_start=883
+  _globals['_SEQUENCERETRACTED']._serialized_end=902
+  _globals['_CREDITUPDATE']._serialized_start=904
+  _globals['_CREDITUPDATE']._serialized_end=973
+  _globals['_SEQUENCETOKENS']._serialized_start=976
+  _globals['_SEQUENCETOKENS']._serialized_end=1148
+  _globals['_DECODESERVICE']._serialized_start=1150
+  _globals['_DECODESERVICE']._serialized_end=1261
 # @@protoc_insertion_point(module_scope)

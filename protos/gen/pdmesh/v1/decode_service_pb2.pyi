@@ -191,6 +191,7 @@ class DecodeEvent(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     RETRACTED_FIELD_NUMBER: _builtins.int
     CREDIT_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """Its number; 0 for news of the worker."""
     @_builtins.property
@@ -209,6 +210,10 @@ class DecodeEvent(_message.Message):
     def credit(self) -> Global___CreditUpdate:
         """What the worker can still promise."""
 
+    @_builtins.property
+    def cache(self) -> _types_pb2.PrefixCacheUpdate:
+        """What the worker's prefix cache has. Never sent by one that has none."""
+
     def __init__(
         self,
         *,
@@ -217,12 +222,13 @@ class DecodeEvent(_message.Message):
         failed: _prefill_service_pb2.SequenceFailed | None = ...,
         retracted: Global___SequenceRetracted | None = ...,
         credit: Global___CreditUpdate | None = ...,
+        cache: _types_pb2.PrefixCacheUpdate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "event", b"event", "failed", b"failed", "retracted", b"retracted", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "credit", b"credit", "event", b"event", "failed", b"failed", "retracted", b"retracted", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "event", b"event", "failed", b"failed", "retracted", b"retracted", "sequence_id", b"sequence_id", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "credit", b"credit", "event", b"event", "failed", b"failed", "retracted", b"retracted", "sequence_id", b"sequence_id", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["tokens", "failed", "retracted", "credit"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["tokens", "failed", "retracted", "credit", "cache"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

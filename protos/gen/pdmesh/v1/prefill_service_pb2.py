@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from pdmesh.v1 import types_pb2 as pdmesh_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpdmesh/v1/prefill_service.proto\x12\tpdmesh.v1\x1a\x15pdmesh/v1/types.proto\"K\n\x1cPrefillServiceSessionRequest\x12+\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x19.pdmesh.v1.PrefillCommand\"o\n\x0ePrefillCommand\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x17.pdmesh.v1.PrefillStartH\x00\x12(\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x17.pdmesh.v1.PrefillAbortH\x00\x42\t\n\x07\x63ommand\"\xaf\x01\n\x0cPrefillStart\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12!\n\x06ticket\x18\x02 \x01(\x0b\x32\x11.pdmesh.v1.Ticket\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x12\n\nprompt_ids\x18\x04 \x03(\r\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.pdmesh.v1.SamplingParams\x12\x12\n\noutput_ids\x18\x06 \x03(\r\"#\n\x0cPrefillAbort\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\"H\n\x1dPrefillServiceSessionResponse\x12\'\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x17.pdmesh.v1.PrefillEvent\"\x89\x01\n\x0cPrefillEvent\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12.\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1a.pdmesh.v1.PrefillFinishedH\x00\x12+\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x19.pdmesh.v1.SequenceFailedH\x00\x42\x07\n\x05\x65vent\"(\n\x0fPrefillFinished\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\"D\n\x0eSequenceFailed\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x32r\n\x0ePrefillService\x12`\n\x07Session\x12\'.pdmesh.v1.PrefillServiceSessionRequest\x1a(.pdmesh.v1.PrefillServiceSessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpdmesh/v1/prefill_service.proto\x12\tpdmesh.v1\x1a\x15pdmesh/v1/types.proto\"K\n\x1cPrefillServiceSessionRequest\x12+\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x19.pdmesh.v1.PrefillCommand\"o\n\x0ePrefillCommand\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x17.pdmesh.v1.PrefillStartH\x00\x12(\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x17.pdmesh.v1.PrefillAbortH\x00\x42\t\n\x07\x63ommand\"\xaf\x01\n\x0cPrefillStart\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12!\n\x06ticket\x18\x02 \x01(\x0b\x32\x11.pdmesh.v1.Ticket\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x12\n\nprompt_ids\x18\x04 \x03(\r\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.pdmesh.v1.SamplingParams\x12\x12\n\noutput_ids\x18\x06 \x03(\r\"#\n\x0cPrefillAbort\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\"H\n\x1dPrefillServiceSessionResponse\x12\'\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x17.pdmesh.v1.PrefillEvent\"\xb8\x01\n\x0cPrefillEvent\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12.\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1a.pdmesh.v1.PrefillFinishedH\x00\x12+\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x19.pdmesh.v1.SequenceFailedH\x00\x12-\n\x05\x63\x61\x63he\x18\x04 \x01(\x0b\x32\x1c.pdmesh.v1.PrefixCacheUpdateH\x00\x42\x07\n\x05\x65vent\"(\n\x0fPrefillFinished\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\"D\n\x0eSequenceFailed\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x32r\n\x0ePrefillService\x12`\n\x07Session\x12\'.pdmesh.v1.PrefillServiceSessionRequest\x1a(.pdmesh.v1.PrefillServiceSessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,11 +43,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLSERVICESESSIONRESPONSE']._serialized_start=474
   _globals['_PREFILLSERVICESESSIONRESPONSE']._serialized_end=546
   _globals['_PREFILLEVENT']._serialized_start=549
-  _globals['_PREFILLEVENT']._serialized_end=686
-  _globals['_PREFILLFINISHED']._serialized_start=688
-  _globals['_PREFILLFINISHED']._serialized_end=728
-  _globals['_SEQUENCEFAILED']._serialized_start=730
-  _globals['_SEQUENCEFAILED']._serialized_end=798
-  _globals['_PREFILLSERVICE']._serialized_start=800
-  _globals['_PREFILLSERVICE']._serialized_end=914
+  _globals['_PREFILLEVENT']._serialized_end=733
+  _globals['_PREFILLFINISHED']._serialized_start=735
+  _globals['_PREFILLFINISHED']._serialized_end=775
+  _globals['_SEQUENCEFAILED']._serialized_start=777
+  _globals['_SEQUENCEFAILED']._serialized_end=845
+  _globals['_PREFILLSERVICE']._serialized_start=847
+  _globals['_PREFILLSERVICE']._serialized_end=961
 # @@protoc_insertion_point(module_scope)

@@ -173,15 +173,16 @@ Global___PrefillServiceSessionResponse: _TypeAlias = PrefillServiceSessionRespon
 
 @_typing.final
 class PrefillEvent(_message.Message):
-    """The end of one sequence on this worker."""
+    """The end of one sequence on this worker, or news of the worker."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
-    """Its number."""
+    """Its number; 0 for news of the worker."""
     @_builtins.property
     def finished(self) -> Global___PrefillFinished:
         """Computed and handed over."""
@@ -190,18 +191,23 @@ class PrefillEvent(_message.Message):
     def failed(self) -> Global___SequenceFailed:
         """Failed; the room failed with it."""
 
+    @_builtins.property
+    def cache(self) -> _types_pb2.PrefixCacheUpdate:
+        """What the worker's prefix cache has. Never sent by one that has none."""
+
     def __init__(
         self,
         *,
         sequence_id: _builtins.int = ...,
         finished: Global___PrefillFinished | None = ...,
         failed: Global___SequenceFailed | None = ...,
+        cache: _types_pb2.PrefixCacheUpdate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failed", b"failed", "finished", b"finished"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "event", b"event", "failed", b"failed", "finished", b"finished"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failed", b"failed", "finished", b"finished", "sequence_id", b"sequence_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "event", b"event", "failed", b"failed", "finished", b"finished", "sequence_id", b"sequence_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["finished", "failed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["finished", "failed", "cache"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

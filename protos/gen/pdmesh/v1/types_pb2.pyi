@@ -505,6 +505,43 @@ class RankEndpoint(_message.Message):
 Global___RankEndpoint: _TypeAlias = RankEndpoint  # noqa: Y015
 
 @_typing.final
+class PrefixCacheUpdate(_message.Message):
+    """Pages that came to a worker's prefix cache and that left it. A page is named by the hash of its tokens (XXH3, 64
+    bits, over 4 little-endian bytes a token), seeded with the hash of the page before it, the first one with 0: the
+    name of a page is the name of all tokens up to its end. What is cached of a prompt is always a prefix of it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESET_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    reset: _builtins.bool
+    """Forget all that was told before; more updates may follow to complete the picture."""
+    @_builtins.property
+    def stored(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Pages that are cached now, those of a prefix in their order."""
+
+    @_builtins.property
+    def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Pages that are not cached any more."""
+
+    def __init__(
+        self,
+        *,
+        reset: _builtins.bool = ...,
+        stored: _abc.Iterable[_builtins.int] | None = ...,
+        removed: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed", "reset", b"reset", "stored", b"stored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixCacheUpdate: _TypeAlias = PrefixCacheUpdate  # noqa: Y015
+
+@_typing.final
 class WorkerLoad(_message.Message):
     """Load of a worker, as it last told."""
 
