@@ -93,11 +93,14 @@ def create(config: TransferConfig, wake: Wake) -> TransferBackend:
 
 
 def _preload() -> None:
-    """Load the libraries that lie beside the environment, where the system has none of its own."""
+    """Load the libraries that lie beside the environment, where the system has none of its own.
+
+    Their symbols stay their own: NIXL brings copies of some of them, and the two would end each other at exit.
+    """
     for name in _LIBRARIES:
         for candidate in (name, f"{sys.prefix}/lib/pdmesh/{name}"):
             with contextlib.suppress(OSError):  # importing Mooncake tells what is missing in the end
-                ctypes.CDLL(candidate, mode=ctypes.RTLD_GLOBAL)
+                ctypes.CDLL(candidate)
                 break
 
 
