@@ -18,9 +18,10 @@ from common.kvcache.allocator import PageAllocator
 from common.kvcache.hashes import TOKEN_BYTES, CacheChanges, chain, key_of
 from common.kvcache.ledger import PageState
 
-# Evicted beyond what is wanted, as a share of the pool: the allocator then has runs to choose from, and sequences
-# that grow a page at a time do not evict one at every step.
-SLACK = 1 / 64
+# Evicted at once, as a share of the pool, though less may be wanted: the allocator then has runs to choose from. In a
+# simulation with a full pool runs of new pages were 7 pages long with this, 2 with a quarter of it and 1 without; the
+# share of pages that were found fell from 54 to 53 %.
+SLACK = 1 / 16
 
 
 @dataclass(slots=True, eq=False)
@@ -149,7 +150,7 @@ class RadixCache:
         return Prefix(node, found.pages + new)
 
     def evict(self, count: int) -> None:
-        """Free at least `count` pages, or all that are not locked, the least recently used first."""
+        """Free at least `count` pages, and `SLACK`, or all that are not locked; the least recently used first."""
         count = min(self.evictable, max(count, self._slack))
         freed: list[int] = []
         while len(freed) < count:

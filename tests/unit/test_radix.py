@@ -77,7 +77,7 @@ def test_what_is_there_already_is_not_stored_again() -> None:
 
 
 def test_the_least_recently_used_leaf_goes_first_and_from_its_end() -> None:
-    allocator, cache = make(130)  # a slack of two pages
+    allocator, cache = make(40)  # a slack of two pages
     old, young = add(allocator, cache, [1] * 20), add(allocator, cache, [2] * 20)
     cache.evict(3)
     assert cache.match([1] * 20).pages == old[:7]
