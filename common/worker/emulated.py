@@ -27,6 +27,10 @@ log = get_logger(__name__)
 E = TypeVar("E")
 Make = Callable[[RankStart, WorkerConfig, Waker], Rank]
 
+# Steps without times come as fast as the processor goes, which many sequences share: told as one for longer, they
+# leave it time for other things.
+BURST_S = 0.005
+
 
 class LocalRank(RankTurns):
     """A `RankLink` to a rank in this process. All of it belongs to the event loop that made it."""
@@ -35,6 +39,7 @@ class LocalRank(RankTurns):
         self._loop = asyncio.get_running_loop()
         rank = make(RankStart("", 0, 0, b""), config, LoopWaker(self._loop, self._soon))
         super().__init__(rank.engine)
+        self._burst_s = BURST_S
         self.ready = rank.ready
         self._handover = rank.handover(self.emit)
         self._close = rank.close

@@ -158,6 +158,7 @@ class RankTurns:
         self._last_start = 0
         self._step_s = 0.0  # how long the last step took
         self._stopping = False
+        self._burst_s = BURST_S
 
     def emit(self, message: Outgoing) -> None:
         """Queue a message for the front; it leaves at the end of the loop's turn."""
@@ -210,7 +211,7 @@ class RankTurns:
                 return result.wait_s if result.scheduled else None
             now = time.monotonic()
             self._step_s, last = now - last, now
-            if now - began >= BURST_S or self._stopping:
+            if now - began >= self._burst_s or self._stopping:
                 return 0.0 if self._engine.has_work else None
         return None
 

@@ -39,7 +39,7 @@ ForRank = StartSequence | AbortSequence | RoomReserved | RoomEnded | RoomRelease
 PREFIX = "pdmesh-rank-"  # of the folder in which front and rank meet
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # How long OpenMP's threads look for each other before they sleep; its default of 300,000 is milliseconds. Measured:
-# 3 % of a step slower where cores are idle, ten times as fast where another process wants one of them.
+# 3 % of a step slower where cores are idle, several times as fast where another process wants one of them.
 SPIN = {"GOMP_SPINCOUNT": "5000"}
 MAX_FOLDER_LENGTH = 60  # of the temporary folder; a Unix socket's whole path has at most 107 characters
 DRAIN_S = 0.1  # for the last messages of a process that has exited; they are in the kernel already

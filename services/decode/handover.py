@@ -165,17 +165,13 @@ class DecodeHandover:
     def load(self, engine: Load) -> Load:
         """The engine's load; rooms wait, and take of the credit, from their start on."""
         assert engine.credit is not None
-        credit, waiting, tokens = engine.credit, 0, 0
-        for room in self._rooms.values():
-            if not room.ended:
-                credit = credit.less(room.cost(credit), 1)
-                waiting += 1
-                tokens += room.tokens
+        rooms = [room for room in self._rooms.values() if not room.ended]
+        cost = sum(room.cost(engine.credit) for room in rooms)
         return structs.replace(
             engine,
-            waiting=engine.waiting + waiting,
-            waiting_tokens=engine.waiting_tokens + tokens,
-            credit=credit,
+            waiting=engine.waiting + len(rooms),
+            waiting_tokens=engine.waiting_tokens + sum(room.tokens for room in rooms),
+            credit=engine.credit.less(cost, len(rooms)),
             arrivals=Arrivals(self.stale_notices, self._pages_verified, self._checksum_mismatches),
         )
 
@@ -201,9 +197,8 @@ class DecodeHandover:
         if not self._waiting:
             return
         credit = self._engine.credit()
-        for room in self._rooms.values():
-            if room.granted and not room.ended:
-                credit = credit.less(room.cost(credit), 1)
+        granted = [room for room in self._rooms.values() if room.granted and not room.ended]
+        credit = credit.less(sum(room.cost(credit) for room in granted), len(granted))
         while self._waiting:
             room = self._waiting[0]
             cost = room.cost(credit)
