@@ -266,7 +266,11 @@ def pool_use(decode: Figures, of_whom: str = "") -> str:
     ledger = decode.load.ledger
     others = [
         f", {pages} {what}"
-        for pages, what in ((ledger.reserved, "reserved for rooms"), (ledger.quarantined, "in quarantine"))
+        for pages, what in (
+            (ledger.reserved, "reserved for rooms"),
+            (ledger.cached, "in the prefix cache"),
+            (ledger.quarantined, "in quarantine"),
+        )
         if pages
     ]
     sequences = plural(decode.load.running, "sequence")
