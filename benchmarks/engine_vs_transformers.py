@@ -96,7 +96,9 @@ class Ours:
     """The engine as a unified worker's rank runs it, without the worker around it."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
-        config = EngineConfig(model_path=str(folder), dtype=dtype, device="cpu", max_total_tokens=16384)
+        config = EngineConfig(
+            model_path=str(folder), dtype=dtype, device="cpu", max_total_tokens=16384, disable_radix_cache=True
+        )
         self.engine: Engine = build_engine(config, allocate_host)
         runner = self.engine.runner
         assert isinstance(runner, ModelRunner)
