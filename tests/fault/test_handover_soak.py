@@ -39,7 +39,7 @@ COUNT = {"local": 20_000, "mooncake": 4_000, "nixl": 4_000} if SOAK else {"local
 SAMPLES = 20
 # Of memory between the middle of a run and its end: the allocators' own ups and downs, and less than what a leak
 # of a few hundred bytes in each hand-over of a full run would make.
-GROWTH_BYTES = 4 << 20
+GROWTH_BYTES = 2 << 20
 # Aborts alone: whoever loses its session says again what it said, which the test's own tables would grow by.
 FAULTS = {"abort at the router": 1, "abort by an operator": 1}
 

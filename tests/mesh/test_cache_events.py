@@ -69,9 +69,11 @@ class Linked:
         def start(number: int) -> DecodeCommand:
             return DecodeCommand(start=DecodeStart(sequence_id=number, prompt_ids=token_ids, sampling=sampling))
 
-        self.link.start(start, sink)
+        number = self.link.start(start, sink)
         async with asyncio.timeout(60):
-            return await sink.cached
+            cached = await sink.cached
+        self.link.forget(number)
+        return cached
 
 
 class Sink:

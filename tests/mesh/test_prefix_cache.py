@@ -37,7 +37,7 @@ SETTINGS = (
 )
 MODES = {
     "local": ("--disaggregation-transfer-backend", "local", CACHING),
-    "nixl": ("--disaggregation-transfer-backend", "nixl", CACHING),
+    "nixl": ("--disaggregation-transfer-backend", "nixl", "--kv-checksum", "full", CACHING),
     "unified": ("--unified", "1", "--prefill", "0", "--decode", "0"),
 }
 

@@ -63,7 +63,9 @@ def test_a_flag_is_named_as_a_flag() -> None:
 @pytest.mark.parametrize(
     ("cpus", "threads"), [(1, 1), (2, 1), (6, 3), (42, 4), (54, 5), (64, 6), (96, 9), (128, 12), (512, 12)]
 )
-def test_the_default_number_of_threads_leaves_half_of_the_cores(monkeypatch: pytest.MonkeyPatch, cpus: int, threads: int) -> None:
+def test_the_default_number_of_threads_leaves_half_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, threads: int
+) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(cpus))
     assert HandoverConfig().copy_threads == threads
     assert HandoverConfig(disaggregation_thread_pool_size=3).copy_threads == 3
