@@ -16,7 +16,7 @@ import threading
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
 
@@ -108,7 +108,8 @@ class ProbeProcess:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe
-            pipe.close()
+            with suppress(BrokenPipeError):  # what was asked last may not have been read
+                pipe.close()
 
     def _last_words(self) -> str:
         code = self.process.wait()

@@ -56,7 +56,8 @@ def test_what_arrives_as_it_was_sent_is_accepted(make_world: MakeWorld, checksum
     assert world.did["success"] == world.did["finished"] == ROOMS
     pages, mismatches = figures(world)
     assert mismatches == 0
-    assert pages == ROOMS if checksum == "sample" else pages > 2 * ROOMS
+    # one of a room's first sixteen pages; few prompts are longer
+    assert ROOMS <= pages < 2 * ROOMS if checksum == "sample" else pages > 2 * ROOMS
 
 
 def test_a_flipped_byte_fails_its_room(make_world: MakeWorld) -> None:

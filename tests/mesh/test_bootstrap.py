@@ -18,6 +18,7 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from common.config.temporary import remove_leftovers
 from common.errors.base import MeshError, Reason
 from common.mesh import router_session
 from common.mesh.router_session import RouterSession
@@ -536,7 +537,7 @@ async def test_a_killed_bootstrap_takes_its_private_etcd_along() -> None:
     finally:
         process.kill()
         process.wait()
-        etcd_server.remove_leftovers()
+        remove_leftovers(etcd_server.PREFIX)
 
 
 def children(pid: int) -> list[int]:
