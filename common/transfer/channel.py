@@ -39,7 +39,7 @@ HANDSHAKE_TIMEOUT_S = 5.0
 # A peer that is out of reach, but for all we know alive, is taken for gone after this time: by then every engine
 # has given up a connection that carries nothing (Mooncake after 10 s, UCX and RDMA queue pairs within seconds).
 UNREACHABLE_S = 120.0
-_RECEIVE_BYTES = 256 << 10
+_RECEIVE_BYTES = 64 << 10
 _MAGIC = b"PDMT"
 _VERSION = 1
 _HEADER = struct.Struct(">4sBBxxI16s")

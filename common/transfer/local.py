@@ -13,7 +13,7 @@ The pool is host memory: no other process can map a GPU's this way, so that one 
 on GPUs take `nixl`, which on one host copies from GPU to GPU by itself, or `mooncake`.
 
 A write needs nothing of the peer's process: into a stopped one it succeeds, and into the pool of one that died
-it is harmless. The writer is quiet when the copies under way have ended, at most 16 MiB a worker; a lost peer's pool
+it is harmless. The writer is quiet when the copies under way have ended, at most 64 MiB a worker; a lost peer's pool
 is then unmapped, and `disconnect` waits for that.
 """
 
@@ -29,6 +29,9 @@ from common.transfer.endpoint import Endpoint, Pool
 from common.transfer.memory import address_of, check_memfd, create_memfd, map_memory
 from common.transfer.peers import Descriptor
 from common.transfer.sender import GiveUp, Writer
+
+# A worker's turn at a queue: about 4 ms of copying.
+_PART_BYTES = 64 << 20
 
 
 def load() -> None:
@@ -47,6 +50,7 @@ class LocalEndpoint(Endpoint):
     """Endpoint of the local backend. A pool given to `register` can be written from, not into."""
 
     name = "local"
+    part_bytes = _PART_BYTES
     capabilities = Capabilities(same_host_only=True, native_notify=False)
 
     def __init__(self, config: TransferConfig, wake: Wake) -> None:
