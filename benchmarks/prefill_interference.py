@@ -66,6 +66,7 @@ class Row:
 
     itl_p50: float
     itl_p99: float
+    itl_worst: float
     chat_ttft_p50: float
     long_ttft_p50: float
     goodput: float
@@ -82,6 +83,7 @@ def measure(url: str, arguments: argparse.Namespace) -> Row:
     return Row(
         quantile_ms(gaps),
         quantile_ms(gaps, 0.99),
+        max(gaps) * 1e3,
         quantile_ms(chat.ttft_s for chat in chats),
         quantile_ms(stream.ttft_s for stream in longs),
         sum(good) / took_s,
@@ -120,10 +122,11 @@ def main() -> None:
 
 def show(rows: dict[str, Row], arguments: argparse.Namespace) -> None:
     slo = f"{WITHIN:.0%} within {arguments.slo_ms:g} ms"
-    print(f"\n| | ITL p50 | ITL p99 | to PD's | TTFT p50, chats | TTFT p50, long | goodput ({slo}) |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"\n| | ITL p50 | ITL p99 | to PD's | worst | TTFT p50, chats | TTFT p50, long | goodput ({slo}) |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, row in rows.items():
         itl = f"{row.itl_p50:.1f} ms | {row.itl_p99:.1f} ms | {row.itl_p99 / rows[PD].itl_p99:.1f} x"
+        itl += f" | {row.itl_worst:.0f} ms"
         ttft = f"{row.chat_ttft_p50:.0f} ms | {row.long_ttft_p50:.0f} ms"
         print(f"| {name} | {itl} | {ttft} | {row.goodput:.2f} chats/s, {row.good:.0%} |")
 

@@ -296,13 +296,17 @@ class Front(Generic[E]):
     # ------------------------------------------------------------------------------------ ranks
 
     async def _read_rank(self, stop: asyncio.Event) -> None:
-        """Pass on what the rank says. A rank that is gone takes its worker with it."""
+        """Pass on what the rank says. A rank that is gone takes its worker with it, and so does a defect here."""
         try:
             async for batch in self._rank.batches():
                 self._on_rank(batch)
         except MeshError as error:
             logger.error("the rank is gone", reason=error.reason, message=error.message)
             self._failure = error
+            stop.set()
+        except Exception as error:  # nobody would read the rank from here on: every stream would hang
+            logger.exception("cannot pass on what the rank says")
+            self._failure = MeshError(Reason.INTERNAL, f"{type(error).__name__}: {error}")
             stop.set()
 
     def _on_rank(self, batch: FromRank) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import uvloop
 
 from common.mesh.credit import Credit
 from common.worker.credit import CreditTeller, Throttle
@@ -82,3 +83,21 @@ async def test_a_throttle_keeps_a_wish_for_later() -> None:
     assert calls[1] - calls[0] >= 0.019
     throttle.want()
     throttle.close()
+
+
+def test_news_that_are_due_within_half_a_millisecond(monkeypatch: pytest.MonkeyPatch) -> None:
+    """uvloop keeps no time for such a timer."""
+    monkeypatch.setattr("common.worker.credit.OTHER_INTERVAL_S", 0.0004)
+
+    async def main() -> Told:
+        sessions, told_by = teller()
+        session = sessions.open()
+        for pages in (9, 8, 7):
+            told_by.update(credit(pages), 0)
+        assert await told(session) == [(9, 0)]
+        [last] = await told(session)
+        told_by.close()
+        return last
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(main()) == (7, 0)
