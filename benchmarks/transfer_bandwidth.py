@@ -8,15 +8,12 @@ addresses (`transfer_ends.py`). Ours and the floor take turns; the best of all r
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
-from transfer_ends import BARE, Ours, Target, quiet_engines, seconds_of, usable
+import transfer_ends
+from transfer_ends import BARE, Ours, Target, seconds_of
 
 from common.transfer.base import Pieces
 from common.transfer.runs import coalesce
@@ -83,24 +80,7 @@ def table(rows: list[dict[str, dict[str, tuple[float, float]]]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="turns of each side")
-    parser.add_argument("--threads", type=int, default=1, help="workers of our sender pool")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    quiet_engines()
-    if options.only:  # engines share libraries and threads badly: each has a process of its own
-        print("@" + json.dumps(measure(options.only, options.rounds, options.threads)), flush=True)
-        os._exit(0)
-    print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores, best of {options.rounds} rounds", flush=True)
-    rows = []
-    for name, reason in usable().items():
-        if reason:
-            print(f"{name}: not measured: {reason}")
-            continue
-        command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--only", name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
-        rows += [json.loads(line[1:]) for line in done.stdout.splitlines() if line.startswith("@")]
-    print(table(rows))
-    return 0
+    return transfer_ends.main(parser, lambda name, options: measure(name, options.rounds, options.threads), table)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ bare engine is called as its own documentation does, with the same addresses, in
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -195,6 +196,32 @@ def usable() -> dict[str, str | None]:
     """The backends to measure, with the reason why not."""
     found = available()
     return {name: found[name] for name in BACKENDS}
+
+
+def main(
+    parser: argparse.ArgumentParser,
+    measure: Callable[[str, argparse.Namespace], dict[str, object]],
+    table: Callable[[list[dict[str, object]]], str],
+) -> int:
+    """A benchmark of all backends: `measure` each in a process of its own, for engines share libraries badly."""
+    parser.add_argument("--threads", type=int, default=1, help="workers of our sender pool")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    quiet_engines()
+    if options.only:
+        print("@" + json.dumps(measure(options.only, options)), flush=True)
+        os._exit(0)
+    print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores, best of {options.rounds} rounds", flush=True)
+    rows = []
+    for name, reason in usable().items():
+        if reason:
+            print(f"{name}: not measured: {reason}")
+            continue
+        command = [sys.executable, *sys.argv, "--only", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
+        rows += [json.loads(line[1:]) for line in done.stdout.splitlines() if line.startswith("@")]
+    print(table(rows))
+    return 0
 
 
 def seconds_of(call: Callable[[], object]) -> float:
