@@ -73,19 +73,6 @@ def _moves_bytes(backend: str) -> None:
         pytest.skip("nothing is moved")
 
 
-@pytest.fixture
-def start_peer(backend: str, tmp_path: Path) -> Iterator[Callable[[], Peer]]:
-    started: list[Peer] = []
-
-    def start() -> Peer:
-        started.append(Peer(backend, tmp_path))
-        return started[-1]
-
-    yield start
-    for peer in started:
-        peer.cleanup()
-
-
 @pytest.fixture(scope="module")
 def lasting_peer(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
     peer = Peer(backend, tmp_path_factory.mktemp("peer"))

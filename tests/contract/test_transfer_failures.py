@@ -41,19 +41,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def start_peer(backend: str, tmp_path: Path) -> Iterator[Callable[[], Peer]]:
-    started: list[Peer] = []
-
-    def start() -> Peer:
-        started.append(Peer(backend, tmp_path))
-        return started[-1]
-
-    yield start
-    for peer in started:
-        peer.cleanup()
-
-
-@pytest.fixture
 def peer(start_peer: Callable[[], Peer]) -> Peer:
     return start_peer()
 
