@@ -82,8 +82,6 @@ class Completion:
 class Capabilities:
     """What a backend can do; the same on every machine."""
 
-    same_host_only: bool
-    native_notify: bool
     moves_bytes: bool = True
     device_memory: bool = False  # whether the pool may be a GPU's
 

@@ -32,7 +32,7 @@ class EmulatedEndpoint(Endpoint):
     """Endpoint of the emulated backend. `register` takes any address: the pool is never touched."""
 
     name = "emulated"
-    capabilities = Capabilities(same_host_only=False, native_notify=False, moves_bytes=False)
+    capabilities = Capabilities(moves_bytes=False)
     settle_s = 0.0
 
     def __init__(self, config: TransferConfig, wake: Wake) -> None:

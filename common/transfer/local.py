@@ -51,7 +51,7 @@ class LocalEndpoint(Endpoint):
 
     name = "local"
     part_bytes = _PART_BYTES
-    capabilities = Capabilities(same_host_only=True, native_notify=False)
+    capabilities = Capabilities()
 
     def __init__(self, config: TransferConfig, wake: Wake) -> None:
         super().__init__(config, wake)

@@ -108,7 +108,7 @@ class MooncakeEndpoint(Endpoint):
     """Endpoint of the mooncake backend."""
 
     name = "mooncake"
-    capabilities = Capabilities(same_host_only=False, native_notify=True, device_memory=True)
+    capabilities = Capabilities(device_memory=True)
     settle_s = 2.0
     part_pieces = _PART_PIECES
     part_bytes = _PART_BYTES

@@ -89,7 +89,7 @@ class NixlEndpoint(Endpoint):
     """Endpoint of the nixl backend."""
 
     name = "nixl"
-    capabilities = Capabilities(same_host_only=False, native_notify=True, device_memory=True)
+    capabilities = Capabilities(device_memory=True)
     settle_s = 2.0
     part_pieces = _PART_PIECES
     part_bytes = _PART_BYTES

@@ -44,7 +44,7 @@ class Scripted:
     """A transfer backend without an engine."""
 
     name = "scripted"
-    capabilities = Capabilities(same_host_only=True, native_notify=False)
+    capabilities = Capabilities()
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
