@@ -118,6 +118,9 @@ class Session(ABC, Generic[Up, Down]):
             if error.code() is grpc.StatusCode.UNAVAILABLE and error_from(error).reason is Reason.WORKER_LOST:
                 return unreachable(self.address, error.details() or "")
             return error_from(error)
+        except Exception as error:  # a defect here: a task that died of it would leave nobody connected, in silence
+            log.exception("cannot take what bootstrap says", address=self.address)
+            return MeshError(Reason.INTERNAL, f"{type(error).__name__}: {error}")
         finally:
             await channel.close()
         return unreachable(self.address, "the stream ended")

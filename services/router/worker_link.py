@@ -160,6 +160,9 @@ class WorkerLink(ABC, Generic[Command, Event]):
                         self.on_worker_event(event)
         except grpc.aio.AioRpcError as error:
             return error.details() or error.code().name
+        except Exception as error:  # a defect here: a task that died of it would leave the worker out, in silence
+            log.exception("cannot take what a worker says", worker=self.worker_id)
+            return f"{type(error).__name__}: {error}"
         finally:
             self._outbox.close()
             writer.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -12,6 +13,7 @@ from pdmesh.v1 import bootstrap_service_pb2 as bootstrap_pb
 from pdmesh.v1 import bootstrap_service_pb2_grpc as bootstrap_grpc
 from pdmesh.v1 import decode_service_pb2 as decode_pb
 from pdmesh.v1 import types_pb2 as pb
+from services.router.attempt import Attempt
 from tests.mesh.harness import Client, request_of
 from tests.mesh.scripted import EOS, News, Script, Scripted, failing, reason_of, saying, scripted, tokens, until
 
@@ -135,3 +137,21 @@ async def test_an_abort_between_attempts_ends_the_request(tmp_path: Path) -> Non
         await until(lambda: not mesh.workers["unified"].running)
         mesh.workers["unified"].script = saying("Hello!")
         assert (await client.generate("hi")).text == "Hello!"
+
+
+async def test_a_link_that_cannot_take_what_it_is_told_begins_anew(
+    pair: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sequence that was on it is tried anew; the worker is not left out for ever."""
+    defects = ["one"]
+    on_event = Attempt.on_event
+
+    def defective(sink: Any, event: Any) -> None:
+        if defects:
+            raise KeyError(defects.pop())
+        on_event(sink, event)
+
+    monkeypatch.setattr(Attempt, "on_event", defective)
+    async with Client(pair.grpc) as client:
+        assert (await client.generate("hi", max_new_tokens=60)).text == "Hello!"
+    assert not defects

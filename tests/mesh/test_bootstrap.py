@@ -519,6 +519,24 @@ async def test_a_taken_port_is_refused(mesh: Mesh) -> None:
     assert bootstrap.address in caught.value.message
 
 
+async def test_a_session_that_cannot_take_what_it_is_told_begins_anew(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await mesh.start()
+    defects = ["one"]
+    receive = router_session.RouterLink.receive
+
+    def defective(link: Any, event: Any) -> None:
+        if defects:
+            raise KeyError(defects.pop())
+        receive(link, event)
+
+    monkeypatch.setattr(router_session.RouterLink, "receive", defective)
+    router, *_ = await mesh.router()
+    assert not defects
+    await until(router.ready)
+
+
 async def test_a_killed_bootstrap_takes_its_private_etcd_along() -> None:
     process, reader = start_process()
     try:
